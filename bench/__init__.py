@@ -1,0 +1,1 @@
+"""Measuring: our claims against llama.cpp's own tools, each a command."""

@@ -1,0 +1,1 @@
+"""Shipped policies, a card each, and the code that trains them."""

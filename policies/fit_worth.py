@@ -1,0 +1,121 @@
+"""A first worth policy, without reinforcement learning: weights by role, from the diagonal Fisher of given checkpoints.
+
+    python -m halo.policies.fit_worth MODEL [MODEL ...] --text FILE -o policies/llama-arch.pt
+
+For every tensor and a few types the ratio of Fisher damage (``fisher.py``) to the local relative error (``halo.damage``) is
+taken; a role's log-weight is the mean of the ratio's logarithm over blocks and types, less the model's own mean over roles.
+Depth and statistics get no weight here: fits on them do not carry over to another family (facts of issue 4).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from halo import ggml
+from halo.calibration import WINDOW, calibrate, single_threaded_torch
+from halo.checkpoint import Checkpoint, open_checkpoint
+from halo.corpus import read_text, windows
+from halo.damage import relative_error
+from halo.events import ignore
+from halo.features import FEATURE_SETS
+from halo.gguf_types import TYPES
+from halo.policies.fisher import fisher_damage, output_gradients
+from halo.policy_file import FORMAT
+from halo.roles import ROLES, quantisable, role_of
+from halo.sampling import sample_rows
+from halo.staging import staged_file
+from halo.threads import default_threads
+from halo.tokens import tokenize
+
+_TYPES = ("Q3_K", "Q4_K", "Q4_0")
+
+
+def log_ratios(checkpoint: Checkpoint, ids: np.ndarray, seed: int) -> dict[str, float]:
+    """log(Fisher damage / local relative error), a tensor, mean over the types that fit."""
+    threads = default_threads()
+    with ThreadPoolExecutor(threads, initializer=single_threaded_torch) as pool:
+        statistics = calibrate(checkpoint, ids, pool, threads, ignore, torch.float32)
+    gradients = output_gradients(checkpoint, ids, seed)
+    out = {}
+    for tensor in quantisable(checkpoint.tensors):
+        if tensor.name not in gradients:
+            continue
+        index, rows = sample_rows(tensor)
+        square = statistics[tensor.name].mean_square
+        ratios = []
+        for kind in (TYPES[n] for n in _TYPES if TYPES[n].fits(tensor.row_len)):
+            restored = ggml.dequantize(ggml.quantize(rows, kind.id, square), kind.id, *rows.shape)
+            damage = fisher_damage(rows, restored, gradients[tensor.name][index], square) * tensor.shape[0] / len(rows)
+            ratios.append(np.log(damage / relative_error(rows, kind, square)))
+        out[tensor.name] = float(np.mean(ratios))
+    return out
+
+
+def role_weights(models: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Mean log-ratio a role over all models, each model centred on its blocks' tensors first."""
+    centred: dict[str, list[float]] = {}
+    for ratios in models.values():
+        mean = float(np.mean([v for n, v in ratios.items() if n.startswith("blk.")]))
+        for name, value in ratios.items():
+            centred.setdefault(role_of(name), []).append(value - mean)
+    return {role: float(np.mean(values)) for role, values in centred.items()}
+
+
+def policy_dict(weights: dict[str, float], card: dict[str, object]) -> dict[str, object]:
+    """The policy file's contents: one linear layer over the one-hot roles of ``halo1``. A role that no model had takes the
+    weight of its nearest kin: an untied output that of the tied table, and a table that is only looked up none."""
+    width = FEATURE_SETS["halo1"].width
+    row = np.zeros(width)
+    for at, role in enumerate(ROLES):
+        row[at] = weights.get(role, weights.get("token_embd", 0.0) if role == "output" else 0.0)
+    return {
+        "format": FORMAT,
+        "head": "worth",
+        "feature_set": "halo1",
+        "family": "llama",
+        "mean": torch.zeros(width),
+        "std": torch.ones(width),
+        "layers": [{"weight": torch.tensor(row, dtype=torch.float32)[None], "bias": torch.zeros(1), "activation": "none"}],
+        "card": card,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", type=Path)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    args = parser.parse_args()
+    models = {}
+    for path in args.models:
+        checkpoint = open_checkpoint(path)
+        tokens = tokenize(checkpoint, read_text(args.text))
+        models[path.name] = log_ratios(checkpoint, windows(tokens.ids, args.tokens, WINDOW, tokens.bos), args.seed)
+    weights = role_weights(models)
+    for role, value in sorted(weights.items(), key=lambda item: item[1]):
+        print(f"{role:12} log-weight {value:+.3f}")
+    card: dict[str, object] = {
+        "summary": "weights by role alone, least squares on the diagonal Fisher of one model; not yet trained by RL",
+        "method": "mean over blocks and types (" + ", ".join(_TYPES) + ") of log(diagonal Fisher damage / local relative error)",
+        "trained_on": ", ".join(models),
+        "text": f"{args.text.name}, {args.tokens} tokens, labels sampled from the model, seed {args.seed}",
+        "command": "python -m halo.policies.fit_worth " + " ".join(sys.argv[1:]),
+        "date": datetime.date.today().isoformat(),
+        "log_weights": {role: round(value, 4) for role, value in weights.items()},
+        "limits": "depth and statistics have no say; see the benchmark tables in the README",
+    }
+    with staged_file(args.output, force=True) as file:
+        torch.save(policy_dict(weights, card), file)
+
+
+if __name__ == "__main__":
+    main()
