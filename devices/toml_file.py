@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from halo.devices.profile import Device, this_machine
+
 from halo.errors import DeviceError
 from halo.gguf_types import TYPE_SETS
 
@@ -27,7 +28,9 @@ def load_device(spec: str | None) -> Device:
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DeviceError(f"device '{spec}': {error.strerror}; give a TOML file, or leave --device out for this machine") from None
+        raise DeviceError(
+            f"device '{spec}': {error.strerror}; give a TOML file, or leave --device out for this machine"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise DeviceError(f"{path}: not TOML: {error}") from None
     return _checked(path, data)

@@ -1,8 +1,8 @@
 """The exact solver: the least total damage whose whole file fits the byte budget.
 
-Per tensor the lower convex hull over (bytes, damage); the steps of all hulls are taken in the order of damage saved a byte,
-which is the Lagrangian optimum of every budget on the way (Everett 1963); what is left of the budget is spent on the
-changes that lower damage most a byte. Pins are taken out first.
+Per tensor the lower convex hull over (bytes, damage); the steps of all hulls are taken in the order of damage saved a
+byte, which is the Lagrangian optimum of every budget on the way (Everett 1963); what is left of the budget is spent on
+the changes that lower damage most a byte. Pins are taken out first.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
+from itertools import pairwise
 
 from halo.errors import BudgetError
 from halo.gguf_types import GGUFType, parse_type
+
 
 @dataclass(frozen=True)
 class Option:
@@ -61,7 +62,10 @@ def pinned_types(pins: Sequence[str], row_lengths: Mapping[str, int]) -> dict[st
             raise BudgetError(f"--pin '{text}' matches no tensor; names are like {next(iter(row_lengths))}")
         for name in names:
             if not kind.fits(row_lengths[name]):
-                raise BudgetError(f"--pin '{text}': {name} has rows of {row_lengths[name]}, {kind.name} needs a multiple of {kind.block}")
+                raise BudgetError(
+                    f"--pin '{text}': {name} has rows of {row_lengths[name]}, "
+                    f"{kind.name} needs a multiple of {kind.block}"
+                )
             out[name] = kind
     return out
 
@@ -102,7 +106,7 @@ def solve(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Opt
     if smallest_bytes(options) > budget:
         raise BudgetError("the budget is below the smallest possible file")
     hulls = {name: _hull(choices) for name, choices in options.items()}
-    steps = [(_slope(a, b), name, b) for name, hull in hulls.items() for a, b in zip(hull, hull[1:], strict=False)]
+    steps = [(_slope(a, b), name, b) for name, hull in hulls.items() for a, b in pairwise(hull)]
     # Slopes fall along a hull, so in this order every prefix is the optimum for its own number of bytes: the point that
     # bisection on the multiplier would find. Ties are broken by name.
     steps.sort(key=lambda step: (-step[0], step[1]))

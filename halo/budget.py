@@ -6,9 +6,21 @@ import re
 
 from halo.errors import BudgetError
 
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30, "k": 10**3, "m": 10**6, "g": 10**9}
-# Q6_K: beyond it the KL divergence falls below 0.006 (llama.cpp's table for Llama-3-8B, facts C1), and every further byte
-# only slows decoding down.
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+}
+# Q6_K: beyond it the KL divergence falls below 0.006 (llama.cpp's table for Llama-3-8B, facts C1), and every further
+# byte only slows decoding down.
 WELL_BPW = 6.5625
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*")
 

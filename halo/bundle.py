@@ -50,7 +50,9 @@ def write_bundle(plan: Plan, output: Path, force: bool, pool: ThreadPoolExecutor
     with staged_folder(output, force) as folder:
         free = shutil.disk_usage(folder).free
         if free < plan.file_bytes:
-            raise OutputError(f"{output.parent}: {human(plan.file_bytes)} are needed and {human(free)} are free; free some or give another -o")
+            raise OutputError(
+                f"{output.parent}: {human(plan.file_bytes)} are needed, {human(free)} are free; give another -o"
+            )
         with open(folder / MODEL, "wb") as file:
             written = write_gguf(
                 file, plan.checkpoint, plan.metadata, plan.chosen, plan.statistics, plan.folding, pool, listen
@@ -88,7 +90,11 @@ def verify(model: Path, context: int, listen: Listener) -> tuple[SmokeResult, di
     buffers = asdict(info.buffers)
     buffers.pop("detail")
     measured: dict[str, object] = {
-        "machine": {"system": platform.platform(), "processor": platform.processor() or platform.machine(), "llama_cpp": info.system_info},
+        "machine": {
+            "system": platform.platform(),
+            "processor": platform.processor() or platform.machine(),
+            "llama_cpp": info.system_info,
+        },
         "context": info.n_ctx,
         "buffers": buffers | {"source": "measured: llama.cpp's own log"},
         "peak_rss": memory.peak_rss,
@@ -128,16 +134,25 @@ def _manifest(plan: Plan, written: Written, measured: Mapping[str, object], note
     return Manifest(
         model=str(plan.metadata["general.name"].value),
         architecture=source.architecture,
-        source={"name": source.path.name, "kind": source.kind, "sha256": plan.source_sha256, "n_params": source.n_params},
+        source={
+            "name": source.path.name,
+            "kind": source.kind,
+            "sha256": plan.source_sha256,
+            "n_params": source.n_params,
+        },
         policy=dict(plan.policy_record),
         device=asdict(plan.device),
         budget=dict(plan.budget) | {"context": plan.context, "expected_memory": plan.expected_memory},
         calibration=plan.calibration,
         fold_exponents=plan.fold_exponents,
         tensors=_records(plan),
-        file={"name": MODEL, "bytes": written.nbytes, "sha256": written.sha256, "bpw": written.nbytes * 8 / source.n_params},
+        file={
+            "name": MODEL,
+            "bytes": written.nbytes,
+            "sha256": written.sha256,
+            "bpw": written.nbytes * 8 / source.n_params,
+        },
         notes=plan.notes + notes,
         versions=_versions(),
         measured=dict(measured),
     )
-

@@ -44,32 +44,47 @@ def _sums(x: torch.Tensor) -> _Sums:
     )
 
 
+class _Total:
+    """Running sums of one layer input, float64."""
+
+    def __init__(self, width: int):
+        self.count = 0
+        self.sums = np.zeros((3, width), np.float64)
+        self.largest = np.zeros(width, np.float32)
+
+    def add(self, sums: _Sums) -> None:
+        count, squares, plain, magnitudes, largest = sums
+        self.count += count
+        for total, array in zip(self.sums, (squares, plain, magnitudes), strict=True):
+            total += array
+        np.maximum(self.largest, largest, out=self.largest)
+
+    def finish(self) -> ActivationStatistics:
+        mean_square, mean, mean_abs = (self.sums / self.count).astype(np.float32)
+        return ActivationStatistics(mean_square, mean, mean_abs, self.largest, self.count)
+
+
 class _Accumulator:
     def __init__(self) -> None:
-        self.totals: dict[tuple[str, ...], list[np.ndarray | int]] = {}
+        self.totals: dict[tuple[str, ...], _Total] = {}
 
     def add(self, names: tuple[str, ...], sums: _Sums) -> None:
-        count, *arrays = sums
-        total = self.totals.setdefault(names, [0, *(np.zeros(a.shape, np.float64) for a in arrays)])
-        total[0] += count
-        for at, array in enumerate(arrays[:3], start=1):
-            total[at] += array
-        np.maximum(total[4], arrays[3], out=total[4])
+        self.totals.setdefault(names, _Total(len(sums[1]))).add(sums)
 
     def finish(self) -> Statistics:
         out: Statistics = {}
-        for names, (count, squares, plain, magnitudes, largest) in self.totals.items():
-            found = ActivationStatistics(
-                *(np.asarray(a / count, np.float32) for a in (squares, plain, magnitudes)),
-                max_abs=np.asarray(largest, np.float32),
-                count=int(count),
-            )
-            out.update(dict.fromkeys(names, found))
+        for names, total in self.totals.items():
+            out.update(dict.fromkeys(names, total.finish()))
         return out
 
 
 def calibrate(
-    checkpoint: Checkpoint, windows: np.ndarray, pool: ThreadPoolExecutor, threads: int, listen: Listener, dtype: torch.dtype
+    checkpoint: Checkpoint,
+    windows: np.ndarray,
+    pool: ThreadPoolExecutor,
+    threads: int,
+    listen: Listener,
+    dtype: torch.dtype,
 ) -> Statistics:
     """Statistics of every linear layer's input, by tensor name.
 
@@ -99,7 +114,9 @@ def calibrate(
                     seen: list[tuple[tuple[str, ...], _Sums]] = []
                     with torch.inference_mode():
                         piece = hidden[index : index + 1]
-                        hidden[index : index + 1] = step(network, block, weights, piece, lambda n, x: seen.append((n, _sums(x))))
+                        hidden[index : index + 1] = step(
+                            network, block, weights, piece, lambda n, x: seen.append((n, _sums(x)))
+                        )
                     return seen
 
                 for seen in ordered_map(pool, one, range(len(windows)), ahead=2 * threads):

@@ -30,10 +30,12 @@ def card(manifest: Manifest) -> str:
         "",
         f"- policy `{manifest.policy['name']}` ({manifest.policy['head']} head), budget: {budget['asked']}",
         f"- device profile: {manifest.device['name']} ({manifest.device['backend']})",
-        f"- calibration: {calibration.text}, {calibration.tokens} tokens" + (f", {calibration.dtype}" if calibration.dtype else ""),
+        f"- calibration: {calibration.text}, {calibration.tokens} tokens"
+        + (f", {calibration.dtype}" if calibration.dtype else ""),
         f"- scale folding at {folds} places" if folds else "- no scale folding",
         f"- source: `{manifest.source['name']}`, SHA-256 `{manifest.source['sha256']}`",
-        f"- memory expected at {budget['context']} tokens of context: {human(budget['expected_memory'])} (estimated: file + KV cache + compute buffer)",
+        f"- memory expected at {budget['context']} tokens of context: {human(budget['expected_memory'])} "
+        "(estimated: file + KV cache + compute buffer)",
         "",
         "| type | tensors | size |",
         "|---|---|---|",

@@ -32,14 +32,26 @@ Source = Annotated[Path, typer.Argument(metavar="MODEL", help="Hugging Face fold
 PolicyName = Annotated[str, typer.Option("--policy", metavar="NAME|FILE", help="Shipped policy or a policy file.")]
 Bpw = Annotated[float | None, typer.Option("--bpw", help="Budget: bits per weight of the whole file.")]
 Size = Annotated[str | None, typer.Option("--size", help="Budget: size of the whole file, such as 90MB or 3.5GiB.")]
-DeviceFile = Annotated[str | None, typer.Option("--device", metavar="FILE", help="Device profile (TOML); default: this machine.")]
-TypeSet = Annotated[str | None, typer.Option("--type-set", help="cpu, cuda, metal, k, legacy, all, or types separated by commas.")]
-Pins = Annotated[list[str] | None, typer.Option("--pin", metavar="REGEX=TYPE", help="Fix the type of matching tensors; repeatable.")]
+DeviceFile = Annotated[
+    str | None, typer.Option("--device", metavar="FILE", help="Device profile (TOML); default: this machine.")
+]
+TypeSet = Annotated[
+    str | None, typer.Option("--type-set", help="cpu, cuda, metal, k, legacy, all, or types separated by commas.")
+]
+Pins = Annotated[
+    list[str] | None, typer.Option("--pin", metavar="REGEX=TYPE", help="Fix the type of matching tensors; repeatable.")
+]
 Fold = Annotated[bool, typer.Option("--fold/--no-fold", help="Search scale folding.")]
-CalibrationFile = Annotated[Path | None, typer.Option("--calibration", metavar="FILE", help="Calibration text; default: the packaged text.")]
+CalibrationFile = Annotated[
+    Path | None, typer.Option("--calibration", metavar="FILE", help="Calibration text; default: the packaged text.")
+]
 CalibrationTokens = Annotated[int, typer.Option("--calibration-tokens", min=2, help="Tokens to calibrate on.")]
-ImatrixFile = Annotated[Path | None, typer.Option("--imatrix", metavar="FILE", help="Use this imatrix (GGUF) instead of calibrating.")]
-SaveImatrix = Annotated[Path | None, typer.Option("--save-imatrix", metavar="FILE", help="Write the calibration's imatrix.")]
+ImatrixFile = Annotated[
+    Path | None, typer.Option("--imatrix", metavar="FILE", help="Use this imatrix (GGUF) instead of calibrating.")
+]
+SaveImatrix = Annotated[
+    Path | None, typer.Option("--save-imatrix", metavar="FILE", help="Write the calibration's imatrix.")
+]
 Context = Annotated[int | None, typer.Option("--ctx", min=1, help="Context the expected memory is told for.")]
 Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Threads; default: all cores.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
@@ -48,7 +60,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tabl
 DEFAULT_TOKENS = 16384  # settings.DEFAULT_CALIBRATION_TOKENS; a test keeps them equal
 
 
-def _settings(source: Path, policy: str, bpw: float | None, size: str | None, pins: list[str] | None, **rest: Any) -> Any:
+def _settings(
+    source: Path, policy: str, bpw: float | None, size: str | None, pins: list[str] | None, **rest: Any
+) -> Any:
     from halo.budget import parse_size
     from halo.errors import BudgetError
     from halo.settings import Settings
@@ -64,7 +78,9 @@ def apply(
     policy: PolicyName = "llama-arch",
     bpw: Bpw = None,
     size: Size = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Bundle folder; default: NAME-halo here.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Bundle folder; default: NAME-halo here.")
+    ] = None,
     device: DeviceFile = None,
     type_set: TypeSet = None,
     pin: Pins = None,
@@ -73,7 +89,9 @@ def apply(
     calibration_tokens: CalibrationTokens = DEFAULT_TOKENS,
     imatrix: ImatrixFile = None,
     save_imatrix: SaveImatrix = None,
-    recipe: Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="Repeat the bundle of a halo.json.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", metavar="FILE", help="Repeat the bundle of a halo.json.")
+    ] = None,
     ctx: Context = None,
     threads: Threads = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
@@ -137,7 +155,9 @@ def plan(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="BUNDLE|GGUF", help="A bundle's folder or any GGUF file.", show_default=False)],
+    path: Annotated[
+        Path, typer.Argument(metavar="BUNDLE|GGUF", help="A bundle's folder or any GGUF file.", show_default=False)
+    ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     json: Json = False,
 ) -> None:
@@ -154,7 +174,9 @@ def inspect(
 
 @app.command()
 def policies(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME|FILE]", help="Show one card in full.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME|FILE]", help="Show one card in full.", show_default=False)
+    ] = None,
     json: Json = False,
 ) -> None:
     """Shipped policies and their cards."""
@@ -176,7 +198,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 

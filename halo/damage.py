@@ -44,7 +44,8 @@ DamageTable = dict[str, TensorDamage]
 
 
 def importance_of(name: str, statistics: Statistics) -> np.ndarray | None:
-    """The imatrix entry of a tensor, or None where nothing is known (an untied embedding is looked up, not multiplied)."""
+    """The imatrix entry of a tensor, or None where nothing is known (an untied embedding is looked up, not
+    multiplied)."""
     found = statistics.get(name)
     return None if found is None else found.mean_square
 
@@ -70,8 +71,14 @@ def check_fits(checkpoint: Checkpoint, tensor: Tensor, kinds: Sequence[GGUFType]
         return fitting
     if any(t.fits(tensor.row_len) for t in TYPES.values() if t.family != "float"):
         names = ", ".join(k.name for k in kinds)
-        raise SourceError(f"{checkpoint.path}: {tensor.name} has rows of {tensor.row_len}, which none of {names} fits; allow a 32-block type such as Q8_0 with --type-set")
-    raise SourceError(f"{checkpoint.path}: {tensor.name} has rows of {tensor.row_len}, which no quantised type fits (they come in blocks of 32 or 256)")
+        raise SourceError(
+            f"{checkpoint.path}: {tensor.name} has rows of {tensor.row_len}, which none of {names} fits; "
+            "allow a 32-block type such as Q8_0 with --type-set"
+        )
+    raise SourceError(
+        f"{checkpoint.path}: {tensor.name} has rows of {tensor.row_len}, "
+        "which no quantised type fits (they come in blocks of 32 or 256)"
+    )
 
 
 def measure(
@@ -101,7 +108,9 @@ def measure(
         return TensorDamage(errors, float(rows.std()), float(np.abs(rows).mean()))
 
     table: DamageTable = {}
-    for done, (tensor, found) in enumerate(zip(tensors, ordered_map(pool, one, tensors, ahead=2 * threads), strict=True)):
+    for done, (tensor, found) in enumerate(
+        zip(tensors, ordered_map(pool, one, tensors, ahead=2 * threads), strict=True)
+    ):
         block = block_of(tensor.name)
         listen(Progress("damage", done + 1, len(tensors), "tensors", tensor.name if block is None else f"blk.{block}"))
         table[tensor.name] = found

@@ -37,7 +37,8 @@ class Budget:
         least = self.fixed_bytes + tensors
         return BudgetError(
             f"{self.asked} is {human(self.file_bytes)}, below the smallest possible file of {human(least)} "
-            f"({least} bytes, --bpw {np.ceil(least * 8 / n_params * 1000) / 1000:g}); raise it or allow smaller types with --type-set"
+            f"({least} bytes, --bpw {np.ceil(least * 8 / n_params * 1000) / 1000:g}); "
+            "raise it or allow smaller types with --type-set"
         )
 
 
@@ -78,7 +79,8 @@ def by_worth(
         pinned = pins.get(tensor.name)
         allowed = [pinned] if pinned else [k for k in kinds if k.name in damage[tensor.name].by_type]
         options[tensor.name] = [
-            Option(k, nbytes(tensor, k), worth[tensor.name] * damage[tensor.name].by_type.get(k.name, 0.0)) for k in allowed
+            Option(k, nbytes(tensor, k), worth[tensor.name] * damage[tensor.name].by_type.get(k.name, 0.0))
+            for k in allowed
         ]
     least = smallest_bytes(options)
     if least > budget.for_tensors:
@@ -87,7 +89,12 @@ def by_worth(
 
 
 def by_bits(
-    tensors: Sequence[Tensor], policy: Policy, features: np.ndarray, pins: Mapping[str, GGUFType], budget: Budget, n_params: int
+    tensors: Sequence[Tensor],
+    policy: Policy,
+    features: np.ndarray,
+    pins: Mapping[str, GGUFType],
+    budget: Budget,
+    n_params: int,
 ) -> Decision:
     """RAMP's sequential head, all layers shifted alike until the file fits.
 
@@ -137,7 +144,9 @@ def describe_substitutions(tensors: Sequence[Tensor], kinds: Sequence[GGUFType],
         missing = [k.name for k in kinds if not k.fits(length)]
         if missing:
             count = sum(t.row_len == length for t in tensors)
-            out.append(f"{count} tensors have rows of {length}, no multiple of 256: {', '.join(missing)} do not fit them")
+            out.append(
+                f"{count} tensors have rows of {length}, no multiple of 256: {', '.join(missing)} do not fit them"
+            )
     for why in sorted(set(decision.substitutions.values())):
         count = sum(w == why for w in decision.substitutions.values())
         out.append(f"{count} tensors: {why}")

@@ -1,9 +1,9 @@
 """The policy's view of a tensor.
 
-``ramp11`` is RAMP's embedding (Table 24, Appendix A). Taken as printed, its two activation features are 1.0 for every layer:
-per-channel maxima run from 4 to 157 (section 2.4) and are multiplied by 100 and 1000 before the clip at 1. HALO divides
-act_scales by 1000 times the square root of the layer's width first (eq. 12 divides by that root; the 1000 undoes feature
-9's factor), which leaves the printed formulas as they are and their values inside (0, 1).
+``ramp11`` is RAMP's embedding (Table 24, Appendix A). Taken as printed, its two activation features are 1.0 for every
+layer: per-channel maxima run from 4 to 157 (section 2.4) and are multiplied by 100 and 1000 before the clip at 1. HALO
+divides act_scales by 1000 times the square root of the layer's width first (eq. 12 divides by that root; the 1000
+undoes feature 9's factor), which leaves the printed formulas as they are and their values inside (0, 1).
 
 ``halo1`` is free of scale: nothing in it changes when weights or activations are multiplied by a constant, so a
 function-preserving rewrite of a checkpoint hardly changes the decision.
@@ -34,7 +34,8 @@ class Layer:
     """All that features are computed from.
 
     Attributes:
-        damage, statistics: before folding, so that a fold does not change what the policy sees. Statistics are None where
+        damage, statistics: before folding, so that a fold does not change what the policy sees. Statistics are None
+        where
             the tensor is looked up and not multiplied.
     """
 
@@ -44,8 +45,9 @@ class Layer:
 
 
 def ramp11(layers: Sequence[Layer], n_blocks: int) -> np.ndarray:
-    """RAMP's features, float32 of shape (layers, 11). Feature 1 counts blocks (the paper leaves open whether layers), with
-    the embedding before the first and the output after the last; 10 and 11 are zero until the head fills them in."""
+    """RAMP's features, float32 of shape (layers, 11). Feature 1 counts blocks (the paper leaves open whether layers),
+    with the embedding before the first and the output after the last; 10 and 11 are zero until the head fills them
+    in."""
     out = np.zeros((len(layers), 11), np.float32)
     for row, layer in zip(out, layers, strict=True):
         rows, width = layer.tensor.n_elements // layer.tensor.row_len, layer.tensor.row_len
@@ -77,10 +79,10 @@ def _log_ratio(numerator: float, denominator: float) -> float:
 def halo1(layers: Sequence[Layer], n_blocks: int) -> np.ndarray:
     """HALO's scale-free features, float32 of shape (layers, 17).
 
-    0-8 the role, one-hot (``roles.ROLES``); 9 depth; 10 nearness to the first block and 11 to the last, falling off over
-    blocks and not over fractions; 12 log row length over rows; 13 how unevenly the input's energy lies on its channels;
-    14 log peak over root mean square of the input; 15 share of the input's energy in its mean; 16 log of weight standard
-    deviation over mean magnitude (heavy tails).
+    0-8 the role, one-hot (``roles.ROLES``); 9 depth; 10 nearness to the first block and 11 to the last, falling off
+    over blocks and not over fractions; 12 log row length over rows; 13 how unevenly the input's energy lies on its
+    channels; 14 log peak over root mean square of the input; 15 share of the input's energy in its mean; 16 log of
+    weight standard deviation over mean magnitude (heavy tails).
     """
     out = np.zeros((len(layers), 17), np.float32)
     for row, layer in zip(out, layers, strict=True):

@@ -1,9 +1,9 @@
 """Scale Folding: per-channel scales that move from a layer's input into its weights, leaving the function as it was.
 
-RAMP's Algorithm 2 folds norm -> q/k/v and norm -> gate/up with s = sqrt(act_scale) / mean. HALO adds the two places where
-the paper's worst outliers sit and which it skips, v -> o (grouped heads: one scale for all query heads that share a value
-head) and up -> down, searches the exponent instead of fixing it at one half, and keeps a fold only where it lowers the
-damage at the chosen types. Nothing is unfolded at run time: the producer in the file already compensates.
+RAMP's Algorithm 2 folds norm -> q/k/v and norm -> gate/up with s = sqrt(act_scale) / mean. HALO adds the two places
+where the paper's worst outliers sit and which it skips, v -> o (grouped heads: one scale for all query heads that share
+a value head) and up -> down, searches the exponent instead of fixing it at one half, and keeps a fold only where it
+lowers the damage at the chosen types. Nothing is unfolded at run time: the producer in the file already compensates.
 """
 
 from __future__ import annotations
@@ -77,18 +77,24 @@ class Site:
 
 
 def sites(checkpoint: Checkpoint) -> list[Site]:
-    """The places of a checkpoint, block by block. A block that lacks one of a site's tensors, or has another reader of the
-    same norm, is left alone: then nothing is folded there."""
+    """The places of a checkpoint, block by block. A block that lacks one of a site's tensors, or has another reader of
+    the same norm, is left alone: then nothing is folded there."""
     hyper, tensors = checkpoint.hyper, checkpoint.tensors
     found: list[Site] = []
 
-    def add(key: str, producers: tuple[str, ...], readers: tuple[str, ...], groups: tuple[int, int, int] | None = None) -> None:
+    def add(
+        key: str, producers: tuple[str, ...], readers: tuple[str, ...], groups: tuple[int, int, int] | None = None
+    ) -> None:
         if all(n in tensors for n in (producers[0], *readers)):
             found.append(Site(key, tuple(p for p in producers if p in tensors), readers, groups))
 
     for block in range(hyper.n_blocks):
         at = f"blk.{block}."
-        add(f"{at}attn_norm", (f"{at}attn_norm.weight",), (f"{at}attn_q.weight", f"{at}attn_k.weight", f"{at}attn_v.weight"))
+        add(
+            f"{at}attn_norm",
+            (f"{at}attn_norm.weight",),
+            (f"{at}attn_q.weight", f"{at}attn_k.weight", f"{at}attn_v.weight"),
+        )
         heads = (hyper.n_kv_heads, hyper.n_heads // hyper.n_kv_heads, hyper.head_dim)
         add(f"{at}attn_v", (f"{at}attn_v.weight", f"{at}attn_v.bias"), (f"{at}attn_output.weight",), heads)
         add(f"{at}ffn_norm", (f"{at}ffn_norm.weight",), (f"{at}ffn_gate.weight", f"{at}ffn_up.weight"))

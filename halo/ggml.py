@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -73,7 +74,9 @@ def _library() -> ctypes.CDLL:
     lib.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
     q4_k = lib.ggml_get_type_traits(12).contents
     if (q4_k.type_name, q4_k.blck_size, q4_k.type_size) != (b"q4_K", 256, 144):
-        raise RuntimeFailure(f"{found[0]}: ggml_type_traits has an unknown layout; HALO supports llama-cpp-python 0.3.36")
+        raise RuntimeFailure(
+            f"{found[0]}: ggml_type_traits has an unknown layout; HALO supports llama-cpp-python 0.3.36"
+        )
     return lib
 
 
@@ -98,7 +101,9 @@ def _row_spans(n_rows: int, row_len: int) -> list[tuple[int, int]]:
     return [(i, min(i + step, n_rows)) for i in range(0, n_rows, step)]
 
 
-def _each(pool: ThreadPoolExecutor | None, work, spans) -> None:
+def _each(
+    pool: ThreadPoolExecutor | None, work: Callable[[tuple[int, int]], None], spans: list[tuple[int, int]]
+) -> None:
     for _ in pool.map(work, spans) if pool else map(work, spans):
         pass
 

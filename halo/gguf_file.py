@@ -6,6 +6,7 @@ streams tensor by tensor; the size of the whole file is known before the first b
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,7 +30,8 @@ _SCALARS = {
     GGUFValueType.UINT32: "I", GGUFValueType.INT32: "i", GGUFValueType.FLOAT32: "f", GGUFValueType.BOOL: "?",
     GGUFValueType.UINT64: "Q", GGUFValueType.INT64: "q", GGUFValueType.FLOAT64: "d",
 }  # fmt: skip
-_NUMPY = {"B": "u1", "b": "i1", "H": "<u2", "h": "<i2", "I": "<u4", "i": "<i4", "f": "<f4", "?": "?", "Q": "<u8", "q": "<i8", "d": "<f8"}  # fmt: skip
+_NUMPY = {"B": "u1", "b": "i1", "H": "<u2", "h": "<i2", "I": "<u4", "i": "<i4", "f": "<f4", "?": "?", "Q": "<u8", "q":
+"<i8", "d": "<f8"}  # fmt: skip
 
 
 def pad_to(size: int, alignment: int) -> int:
@@ -140,7 +142,8 @@ def tensor_nbytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
     block, size = GGML_QUANT_SIZES[kind]
     if shape[-1] % block:
         raise ValueError(f"rows of {shape[-1]} do not fit {kind.name}'s blocks of {block}")
-    return int(np.prod(shape, dtype=np.int64)) // block * size
+    # Python's integers: a forged shape must not wrap around.
+    return math.prod(shape) // block * size
 
 
 class _Cursor:
@@ -150,7 +153,9 @@ class _Cursor:
         self.data, self.path, self.at, self.size = data, path, 0, len(data)
 
     def fail(self, what: str) -> SourceError:
-        return SourceError(f"{self.path}: {what} at byte {self.at} of {self.size}; the file is damaged or cut off: download it again")
+        return SourceError(
+            f"{self.path}: {what} at byte {self.at} of {self.size}; the file is damaged or cut off: download it again"
+        )
 
     def skip(self, count: int, what: str) -> int:
         if count > self.size - self.at:
@@ -232,7 +237,9 @@ def _parse(cursor: _Cursor) -> Header:
     cursor.at = 4
     version = cursor.number("I", "the version")
     if version not in (2, 3):
-        raise SourceError(f"{path}: GGUF version {version} is not supported (2 and 3 are); convert it with a newer llama.cpp")
+        raise SourceError(
+            f"{path}: GGUF version {version} is not supported (2 and 3 are); convert it with a newer llama.cpp"
+        )
     n_tensors = cursor.count(24, "number of tensors")
     n_fields = cursor.count(13, "number of metadata fields")
     metadata: Metadata = {}
@@ -240,8 +247,8 @@ def _parse(cursor: _Cursor) -> Header:
         key = cursor.string("a metadata key").decode("utf-8", errors="replace")
         metadata[key] = cursor.field(key)
     entries = [cursor.tensor() for _ in range(n_tensors)]
-    alignment = int(metadata["general.alignment"].value) if "general.alignment" in metadata else DEFAULT_ALIGNMENT
-    if alignment < 1 or alignment & (alignment - 1):
+    alignment = metadata["general.alignment"].value if "general.alignment" in metadata else DEFAULT_ALIGNMENT
+    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise cursor.fail(f"impossible alignment {alignment}")
     base = pad_to(cursor.at, alignment)
     tensors = {entry[0]: _checked(cursor, base, *entry) for entry in entries}
@@ -250,7 +257,9 @@ def _parse(cursor: _Cursor) -> Header:
     return Header(path, metadata, tensors, alignment)
 
 
-def _checked(cursor: _Cursor, base: int, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType, offset: int) -> TensorInfo:
+def _checked(
+    cursor: _Cursor, base: int, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType, offset: int
+) -> TensorInfo:
     if any(n < 1 for n in shape) or any(n > cursor.size * 64 for n in shape):
         raise cursor.fail(f"impossible shape {shape} of {name}")
     try:
@@ -258,7 +267,10 @@ def _checked(cursor: _Cursor, base: int, name: str, shape: tuple[int, ...], kind
     except ValueError as error:
         raise cursor.fail(f"{name}: {error}") from None
     if nbytes < 0 or base + offset + nbytes > cursor.size:
-        raise SourceError(f"{cursor.path}: the data of {name} runs past the end of the file (needs {base + offset + nbytes} bytes, has {cursor.size}); the file is cut off: download it again")
+        raise SourceError(
+            f"{cursor.path}: the data of {name} runs past the end of the file "
+            f"(needs {base + offset + nbytes} bytes, has {cursor.size}); the file is cut off: download it again"
+        )
     return TensorInfo(name, shape, kind, base + offset, nbytes)
 
 
@@ -289,7 +301,9 @@ def header_bytes(metadata: Mapping[str, Field], entries: Sequence[Entry], alignm
     return head + b"\0" * (pad_to(len(head), alignment) - len(head))
 
 
-def write_tensor(file: BinaryIO, chunks: Iterable[np.ndarray], expected: int, alignment: int = DEFAULT_ALIGNMENT) -> None:
+def write_tensor(
+    file: BinaryIO, chunks: Iterable[np.ndarray], expected: int, alignment: int = DEFAULT_ALIGNMENT
+) -> None:
     """Append one tensor's bytes and its padding.
 
     Raises:
@@ -298,7 +312,7 @@ def write_tensor(file: BinaryIO, chunks: Iterable[np.ndarray], expected: int, al
     written = 0
     for chunk in chunks:
         data = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8)
-        file.write(memoryview(data))
+        file.write(data.data)
         written += data.size
     if written != expected:
         raise ValueError(f"{written} bytes written, {expected} announced")

@@ -49,13 +49,38 @@ def _family(name: str) -> str:
     return "k" if name.endswith("_K") else "iq" if name.startswith("IQ") and name != "IQ4_NL" else "legacy"
 
 
-_NAMES = (
-    "F32 F16 BF16 Q8_0 Q6_K Q5_K Q5_1 Q5_0 Q4_K Q4_1 Q4_0 IQ4_NL IQ4_XS Q3_K IQ3_S IQ3_XXS Q2_K IQ2_S IQ2_XS IQ2_XXS IQ1_M IQ1_S"
-).split()
-TYPES: dict[str, GGUFType] = {
-    n: GGUFType(n, int(GGMLQuantizationType[n]), *GGML_QUANT_SIZES[GGMLQuantizationType[n]], family=_family(n))
-    for n in _NAMES
-}
+_NAMES = [
+    "F32",
+    "F16",
+    "BF16",
+    "Q8_0",
+    "Q6_K",
+    "Q5_K",
+    "Q5_1",
+    "Q5_0",
+    "Q4_K",
+    "Q4_1",
+    "Q4_0",
+    "IQ4_NL",
+    "IQ4_XS",
+    "Q3_K",
+    "IQ3_S",
+    "IQ3_XXS",
+    "Q2_K",
+    "IQ2_S",
+    "IQ2_XS",
+    "IQ2_XXS",
+    "IQ1_M",
+    "IQ1_S",
+]
+
+
+def _entry(name: str) -> GGUFType:
+    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    return GGUFType(name, int(GGMLQuantizationType[name]), block, block_bytes, _family(name))
+
+
+TYPES: dict[str, GGUFType] = {name: _entry(name) for name in _NAMES}
 BY_ID = {t.id: t for t in TYPES.values()}
 
 # RAMP's bits (eq. 23) as tensor types, and what takes their place when the row is no multiple of 256: the fallbacks of

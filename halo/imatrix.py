@@ -9,15 +9,16 @@ from gguf import GGMLQuantizationType
 
 from halo.errors import SourceError
 from halo.gguf_file import Entry, Field, header_bytes, read_header, write_tensor
-from halo.statistics import ActivationStatistics, Statistics
 from halo.staging import staged_file
+from halo.statistics import ActivationStatistics, Statistics
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _F32 = int(GGMLQuantizationType.F32)
 
 
 def save(path: Path, statistics: Statistics, dataset: str, window: int, force: bool = False) -> None:
-    """Write the second moments so that ``llama-quantize --imatrix`` takes them. Written under another name, then renamed.
+    """Write the second moments so that ``llama-quantize --imatrix`` takes them. Written under another name, then
+    renamed.
 
     Raises:
         OutputError: the file exists (without ``force``) or cannot be written.

@@ -84,5 +84,11 @@ def inspect_file(path: Path) -> Inspection:
         return str(found.value) if found is not None else ""
 
     return Inspection(
-        model, text("general.architecture"), text("general.name") or model.stem, model.stat().st_size, n_params, views, manifest
+        model,
+        text("general.architecture"),
+        text("general.name") or model.stem,
+        model.stat().st_size,
+        n_params,
+        views,
+        manifest,
     )

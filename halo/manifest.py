@@ -81,7 +81,9 @@ def read_manifest(path: Path) -> Manifest:
         raise RecipeError(f"{path}: not a halo.json: {error}") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else None
-        raise RecipeError(f"{path}: manifest format {found!r} is unknown (this HALO reads {FORMAT}); apply the policy anew")
+        raise RecipeError(
+            f"{path}: manifest format {found!r} is unknown (this HALO reads {FORMAT}); apply the policy anew"
+        )
     try:
         calibration = CalibrationRecord(**data.pop("calibration"))
         tensors = {name: TensorRecord(**record) for name, record in data.pop("tensors").items()}

@@ -26,7 +26,16 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 # src/models/gemma3.cpp: every sixth layer attends globally; the 27B (62 layers) scales queries by its embedding width.
 _GEMMA3_SWA_PATTERN = 6
 _GEMMA3_27B_LAYERS = 62
-_ATTENTION = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "attn_q_norm", "attn_k_norm", "post_attention_norm")
+_ATTENTION = (
+    "attn_norm",
+    "attn_q",
+    "attn_k",
+    "attn_v",
+    "attn_output",
+    "attn_q_norm",
+    "attn_k_norm",
+    "post_attention_norm",
+)
 _FEED_FORWARD = ("ffn_norm", "ffn_gate", "ffn_up", "ffn_down", "post_ffw_norm")
 
 
@@ -53,7 +62,9 @@ class Rope:
         return torch.cat((out, rest), dim=-1) if rest.shape[-1] else out
 
 
-def _inverse_frequencies(hyper: Hyperparameters, base: float, scaled: bool, factors: np.ndarray | None) -> tuple[torch.Tensor, float]:
+def _inverse_frequencies(
+    hyper: Hyperparameters, base: float, scaled: bool, factors: np.ndarray | None
+) -> tuple[torch.Tensor, float]:
     """Angles per position and magnitude (ggml-cpu/ops.cpp: rope_yarn, ggml_rope_yarn_corr_dims)."""
     n_rot = int(hyper.get("rope.dimension_count", hyper.head_dim))
     index = torch.arange(0, n_rot, 2, dtype=torch.float32)
@@ -91,7 +102,7 @@ class Network:
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32):
         if not can_run(checkpoint):
             raise SourceError(
-                f"{checkpoint.path}: HALO cannot calibrate the architecture '{checkpoint.architecture}'; give --imatrix FILE"
+                f"{checkpoint.path}: HALO cannot calibrate '{checkpoint.architecture}' models; give --imatrix FILE"
             )
         self.checkpoint, self.dtype = checkpoint, dtype
         hyper = self.hyper = checkpoint.hyper
@@ -170,9 +181,15 @@ class Network:
 
         local = self.window > 0 and (block + 1) % _GEMMA3_SWA_PATTERN != 0
         rope = self.rope_local if local else self.rope_global
-        q, k, v = rope(heads("attn_q", hyper.n_heads)), rope(heads("attn_k", hyper.n_kv_heads)), heads("attn_v", hyper.n_kv_heads)
+        q, k, v = (
+            rope(heads("attn_q", hyper.n_heads)),
+            rope(heads("attn_k", hyper.n_kv_heads)),
+            heads("attn_v", hyper.n_kv_heads),
+        )
         mask = self._window_mask(n_pos) if local and n_pos > self.window else None
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self._scale(), enable_gqa=True)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self._scale(), enable_gqa=True
+        )
         y = y.transpose(1, 2).reshape(n_seq, n_pos, -1)
         observe((f"{at}attn_output.weight",), y.flatten(0, 1))
         y = self.linear(block, "attn_output", w, y)
@@ -206,6 +223,6 @@ class Network:
 def can_run(checkpoint: Checkpoint) -> bool:
     """Whether ``Network`` has the forward pass of this checkpoint (a known family, dense feed-forward)."""
     return checkpoint.architecture in ARCHITECTURES and all(
-        f"blk.0.{role}.weight" in checkpoint.tensors for role in ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up", "ffn_down")
+        f"blk.0.{role}.weight" in checkpoint.tensors
+        for role in ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up", "ffn_down")
     )
-

@@ -48,7 +48,9 @@ def repeat(recipe_file: Path, settings: Settings, output: Path, force: bool, lis
         raise RecipeError(f"{recipe_file}: was made with {record.text}; give that file with --imatrix")
     if settings.imatrix is None and record.text not in ("packaged", "none") and settings.calibration_file is None:
         settings = replace(settings, calibration_file=Path(record.text))
-    settings = replace(settings, calibration_tokens=record.tokens, context=int(recipe.budget["context"]), save_imatrix=None)
+    settings = replace(
+        settings, calibration_tokens=record.tokens, context=int(recipe.budget["context"]), save_imatrix=None
+    )
     _refuse_early(output, force)
     with thread_pool(settings.threads) as (pool, threads):
         plan = Planner(settings, pool, threads, listen).repeat(recipe)

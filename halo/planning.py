@@ -70,7 +70,8 @@ class Planner:
         return checkpoint
 
     def calibrate(self, checkpoint: Checkpoint, dtype_name: str | None = None) -> tuple[Statistics, CalibrationRecord]:
-        """Statistics and where they came from; ``dtype_name`` as a recipe recorded it, None for the processor's best."""
+        """Statistics and where they came from; ``dtype_name`` as a recipe recorded it, None for the processor's
+        best."""
         if self.settings.imatrix is not None:
             return self._from_imatrix(checkpoint, self.settings.imatrix)
         import torch
@@ -81,7 +82,7 @@ class Planner:
 
         if not can_run(checkpoint):
             self.note(
-                f"HALO has no forward pass for the architecture '{checkpoint.architecture}': quantised without an imatrix; "
+                f"HALO has no forward pass for the architecture '{checkpoint.architecture}': no imatrix is used; "
                 "make one with llama-imatrix and give it with --imatrix for a better file"
             )
             return {}, CalibrationRecord("none", hashlib.sha256(b"").hexdigest(), 0, WINDOW, None)
@@ -90,7 +91,10 @@ class Planner:
         tokens = tokenize(checkpoint, text)
         cut = windows(tokens.ids, self.settings.calibration_tokens, WINDOW, tokens.bos)
         if cut.size < self.settings.calibration_tokens * 0.9:
-            self.note(f"the calibration text has {cut.size} tokens in whole windows, {self.settings.calibration_tokens} were asked for")
+            self.note(
+                f"the calibration text has {cut.size} tokens in whole windows, "
+                f"{self.settings.calibration_tokens} were asked for"
+            )
         dtype = getattr(torch, dtype_name) if dtype_name else fast_dtype()
         found = calibrate(checkpoint, cut, self.pool, self.threads, self.listen, dtype)
         record = CalibrationRecord(
@@ -110,11 +114,14 @@ class Planner:
             entry = found.get(tensor.name)
             if entry is not None and entry.mean_square.size != tensor.row_len:
                 raise SourceError(
-                    f"{path}: {tensor.name} has {entry.mean_square.size} entries, the model's rows have {tensor.row_len}; "
+                    f"{path}: {tensor.name} has {entry.mean_square.size} entries, "
+                    f"the model's rows have {tensor.row_len}; "
                     "the imatrix belongs to another model"
                 )
         if not any(t.name in found for t in quantisable(checkpoint.tensors)):
-            raise SourceError(f"{path}: no entry of the imatrix names a tensor of {checkpoint.path}; it belongs to another model")
+            raise SourceError(
+                f"{path}: no entry of the imatrix names a tensor of {checkpoint.path}; it belongs to another model"
+            )
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         return found, CalibrationRecord(f"imatrix {path.name}", digest, max(s.count for s in found.values()), 512, None)
 
@@ -136,12 +143,23 @@ class Planner:
         hashing = self.pool.submit(source_hash, checkpoint)
         budgets.check(settings.bpw)
         statistics, calibration = self.calibrate(checkpoint)
-        damage = damages.measure(checkpoint, tensors, kinds, statistics, Folding(), self.pool, self.threads, self.listen)
+        damage = damages.measure(
+            checkpoint, tensors, kinds, statistics, Folding(), self.pool, self.threads, self.listen
+        )
         features = policy.features.compute(
             [Layer(t, damage[t.name], statistics.get(t.name)) for t in tensors], checkpoint.hyper.n_blocks
         )
-        worth = dict(zip((t.name for t in tensors), policy.worth(features).tolist(), strict=True)) if policy.head == "worth" else {}
-        record: dict[str, object] = {"name": policy.name, "sha256": policy.sha256, "head": policy.head, "features": policy.features.name}
+        worth = (
+            dict(zip((t.name for t in tensors), policy.worth(features).tolist(), strict=True))
+            if policy.head == "worth"
+            else {}
+        )
+        record: dict[str, object] = {
+            "name": policy.name,
+            "sha256": policy.sha256,
+            "head": policy.head,
+            "features": policy.features.name,
+        }
         draft = _Draft(self, checkpoint, device, record, hashing, calibration, statistics)
         budget = draft.budget(settings)
 
@@ -150,12 +168,15 @@ class Planner:
                 return by_worth(tensors, kinds, table, worth, pins, budget, checkpoint.n_params)
             return by_bits(tensors, policy, features, pins, budget, checkpoint.n_params)
 
-        decision, exponents, folding = decide(damage), {}, Folding()
+        exponents: dict[str, float] = {}
+        decision, folding = decide(damage), Folding()
         if settings.fold and statistics:
             exponents, folding = self._fold(checkpoint, statistics, decision, worth)
             refolded = [t for t in tensors if t.name in folding.columns]
             if refolded:
-                damage |= damages.measure(checkpoint, refolded, kinds, statistics, folding, self.pool, self.threads, self.listen)
+                damage |= damages.measure(
+                    checkpoint, refolded, kinds, statistics, folding, self.pool, self.threads, self.listen
+                )
                 decision = decide(damage)
         for text in describe_substitutions(tensors, kinds, decision):
             self.note(text)
@@ -166,7 +187,9 @@ class Planner:
     ) -> tuple[dict[str, float], Folding]:
         places = sites(checkpoint)
         weights = worth or dict.fromkeys(decision.chosen, 1.0)
-        exponents = fold_search.search(checkpoint, places, statistics, decision.chosen, weights, self.pool, self.threads, self.listen)
+        exponents = fold_search.search(
+            checkpoint, places, statistics, decision.chosen, weights, self.pool, self.threads, self.listen
+        )
         return exponents, fold_search.build(places, statistics, exponents)
 
     def repeat(self, recipe: Manifest) -> Plan:
@@ -184,7 +207,9 @@ class Planner:
         checkpoint.metadata["general.name"] = Field.string(recipe.model)
         folding = fold_search.build(sites(checkpoint), statistics, recipe.fold_exponents)
         record = dict(recipe.policy)
-        draft = _Draft(self, checkpoint, load_device(self.settings.device), record, hashing, recipe.calibration, statistics)
+        draft = _Draft(
+            self, checkpoint, load_device(self.settings.device), record, hashing, recipe.calibration, statistics
+        )
         if hashing.result() != recipe.source.get("sha256"):
             self.note("the source differs from the recipe's: same decisions, other bytes")
         decision = Decision(chosen, {n: r.substitution for n, r in recipe.tensors.items() if r.substitution})
@@ -197,13 +222,19 @@ def _recorded_types(recipe: Manifest, checkpoint: Checkpoint) -> dict[str, GGUFT
     for name, record in recipe.tensors.items():
         tensor, kind = checkpoint.tensors.get(name), parse_type(record.type)
         if tensor is None or not is_quantisable(tensor):
-            raise RecipeError(f"the recipe names {name}, which {checkpoint.path} does not have; it was made for another model")
+            raise RecipeError(
+                f"the recipe names {name}, which {checkpoint.path} does not have; it was made for another model"
+            )
         if not kind.fits(tensor.row_len):
-            raise RecipeError(f"the recipe gives {name} the type {kind.name}, which its rows of {tensor.row_len} do not fit")
+            raise RecipeError(
+                f"the recipe gives {name} the type {kind.name}, which its rows of {tensor.row_len} do not fit"
+            )
         chosen[name] = kind
     missing = [t.name for t in quantisable(checkpoint.tensors) if t.name not in chosen]
     if missing:
-        raise RecipeError(f"the recipe says nothing of {missing[0]} ({len(missing)} tensors); it was made for another model")
+        raise RecipeError(
+            f"the recipe says nothing of {missing[0]} ({len(missing)} tensors); it was made for another model"
+        )
     return chosen
 
 
@@ -221,7 +252,12 @@ class _Draft:
         statistics: Statistics,
     ):
         self.planner, self.checkpoint, self.device = planner, checkpoint, device
-        self.policy_record, self.hashing, self.calibration, self.statistics = policy_record, hashing, calibration, statistics
+        self.policy_record, self.hashing, self.calibration, self.statistics = (
+            policy_record,
+            hashing,
+            calibration,
+            statistics,
+        )
         trained = checkpoint.hyper.context_length or DEFAULT_CONTEXT
         self.context = planner.settings.context or min(trained, DEFAULT_CONTEXT)
 
@@ -296,5 +332,3 @@ def make_plan(settings: Settings, listen: Listener) -> Plan:
     """``halo plan``: decide and write nothing."""
     with thread_pool(settings.threads) as (pool, threads):
         return Planner(settings, pool, threads, listen).plan()
-
-

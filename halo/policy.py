@@ -77,10 +77,14 @@ class Policy:
     def check_features(self, features: np.ndarray) -> None:
         """PolicyError when the features are not the policy's, or not finite."""
         if features.ndim != 2 or features.shape[1] != self.features.width:
-            raise PolicyError(f"policy {self.name} takes {self.features.width} features a tensor, {features.shape} were given")
+            raise PolicyError(
+                f"policy {self.name} takes {self.features.width} features a tensor, {features.shape} were given"
+            )
         if not np.isfinite(features).all():
             row = int(np.argwhere(~np.isfinite(features))[0][0])
-            raise PolicyError(f"policy {self.name}: features of tensor {row} are not finite; the calibration statistics are damaged")
+            raise PolicyError(
+                f"policy {self.name}: features of tensor {row} are not finite; the calibration statistics are damaged"
+            )
 
     def worth(self, features: np.ndarray) -> np.ndarray:
         """Weights on damage, shape (tensors,), positive, with a geometric mean of about one."""
@@ -88,13 +92,15 @@ class Policy:
         return np.exp(np.clip(self._forward(features)[:, 0], -_LARGEST_LOG_WORTH, _LARGEST_LOG_WORTH))
 
     def choose_bits(self, features: np.ndarray, shift: float) -> list[int]:
-        """Bit-width a layer, in order; each sees the previous one and the running average (Table 24, features 10 and 11).
+        """Bit-width a layer, in order; each sees the previous one and the running average (Table 24, features 10 and
+        11).
 
-        The action is sigmoid(mean + shift), spread over the bit-widths and rounded to the nearest (section 3.3.1; the paper
-        does not print the formula). ``shift`` moves all layers alike; a budget is met by bisection on it.
+        The action is sigmoid(mean + shift), spread over the bit-widths and rounded to the nearest (section 3.3.1; the
+        paper does not print the formula). ``shift`` moves all layers alike; a budget is met by bisection on it.
         """
         self.check_features(features)
-        features, out = features.copy(), []
+        features = features.copy()
+        out: list[int] = []
         for row in features:
             row[PREVIOUS_BITS] = out[-1] / 8 if out else 0.0
             row[RUNNING_AVERAGE] = np.mean(out) / 8 if out else 0.0

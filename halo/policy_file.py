@@ -1,4 +1,5 @@
-"""Policy files: a dict of tensors and plain values (``torch.save``), loaded with ``weights_only=True``: no code in them runs."""
+"""Policy files: a dict of tensors and plain values (``torch.save``), loaded with ``weights_only=True``: no code in them
+runs."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ def find(name_or_path: str) -> Path:
     known = {p.stem: p for p in shipped()}
     found = known.get(name_or_path.removesuffix(".pt"))
     if found is None:
-        raise PolicyError(f"policy '{name_or_path}' is no file and not shipped; shipped are {', '.join(known) or 'none'}")
+        raise PolicyError(
+            f"policy '{name_or_path}' is no file and not shipped; shipped are {', '.join(known) or 'none'}"
+        )
     return found
 
 
@@ -44,7 +47,8 @@ def load(name_or_path: str) -> Policy:
     """Read and check a policy.
 
     Raises:
-        PolicyError: not found, not a plain dict of tensors, code in it, an unknown version, feature set or head, or arrays
+        PolicyError: not found, not a plain dict of tensors, code in it, an unknown version, feature set or head, or
+        arrays
             of the wrong shape.
     """
     path = find(name_or_path)
@@ -58,7 +62,9 @@ def _unpickle(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         data = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise PolicyError(f"{path}: holds something other than tensors and plain values (it could run code); not loaded") from None
+        raise PolicyError(
+            f"{path}: holds something other than tensors and plain values (it could run code); not loaded"
+        ) from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise PolicyError(f"{path}: not a policy file: {str(error).splitlines()[0]}") from None
     if not isinstance(data, dict):
@@ -80,11 +86,13 @@ def from_dict(data: dict[str, Any], path: Path, sha256: str) -> Policy:
     if data.get("head") not in HEADS:
         raise wrong(f"action head {data.get('head')!r} is unknown (known: {', '.join(HEADS)})")
     bits = tuple(int(b) for b in data.get("bits", ()))
-    if data["head"] == "bits" and (len(bits) < 2 or list(bits) != sorted(set(bits)) or not set(bits) <= {2, 3, 4, 5, 6, 8}):
+    if data["head"] == "bits" and (
+        len(bits) < 2 or list(bits) != sorted(set(bits)) or not set(bits) <= {2, 3, 4, 5, 6, 8}
+    ):
         raise wrong(f"bit-widths {bits} are not two or more of 2, 3, 4, 5, 6, 8, ascending")
 
     def array(source: Any, key: str, shape: tuple[int | None, ...]) -> np.ndarray:
-        value = source.get(key) if isinstance(source, dict) else None
+        value: Any = source.get(key) if isinstance(source, dict) else None
         if not hasattr(value, "numpy"):
             raise wrong(f"'{key}' is missing")
         found = value.double().numpy()
@@ -111,4 +119,15 @@ def from_dict(data: dict[str, Any], path: Path, sha256: str) -> Policy:
     if not layers or width < 1:
         raise wrong("it has no layers")
     card = data.get("card") if isinstance(data.get("card"), dict) else {}
-    return Policy(path.stem, data["head"], str(data.get("family", "")), feature_set, bits, mean, std, tuple(layers), sha256, card or {})
+    return Policy(
+        path.stem,
+        data["head"],
+        str(data.get("family", "")),
+        feature_set,
+        bits,
+        mean,
+        std,
+        tuple(layers),
+        sha256,
+        card or {},
+    )

@@ -43,8 +43,8 @@ class Written:
 
 
 def unquantised_type(tensor: Tensor) -> GGUFType:
-    """The type of a tensor that is not quantised: vectors as float32, as llama.cpp keeps them; matrices as the source has
-    them, or as float16."""
+    """The type of a tensor that is not quantised: vectors as float32, as llama.cpp keeps them; matrices as the source
+    has them, or as float16."""
     if len(tensor.shape) == 1 or tensor.source_type == "F32":
         return TYPES["F32"]
     return TYPES[tensor.source_type] if tensor.source_type in ("F16", "BF16") else TYPES["F16"]
@@ -71,7 +71,12 @@ def _encode_float(rows: np.ndarray, kind: GGUFType) -> np.ndarray:
 
 
 def _encoded(
-    checkpoint: Checkpoint, tensor: Tensor, kind: GGUFType, importance: np.ndarray | None, folding: Folding, pool: ThreadPoolExecutor
+    checkpoint: Checkpoint,
+    tensor: Tensor,
+    kind: GGUFType,
+    importance: np.ndarray | None,
+    folding: Folding,
+    pool: ThreadPoolExecutor,
 ) -> Iterator[np.ndarray]:
     for start, rows in tensor.chunks():
         if not np.isfinite(rows).all():

@@ -9,13 +9,14 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress as Bars, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
 from halo.budget import human
-from halo.events import Event, Listener, Notice, Progress
+from halo.events import Event, Listener, Notice
 from halo.heatmap import HeatMap, heat_map, warmth
 
 if TYPE_CHECKING:
@@ -25,9 +26,14 @@ if TYPE_CHECKING:
     from halo.policy import Policy
 
 _VERBS = {
-    "read": "reading", "calibrate": "calibrating", "damage": "measuring damage", "fold": "folding", "quantise": "quantising",
-    "verify": "running it once", "bundle": "writing the bundle",
-}  # fmt: skip
+    "read": "reading",
+    "calibrate": "calibrating",
+    "damage": "measuring damage",
+    "fold": "folding",
+    "quantise": "quantising",
+    "verify": "running it once",
+    "bundle": "writing the bundle",
+}
 
 
 class _Rate(ProgressColumn):
@@ -43,7 +49,8 @@ class _LiveDisplay:
     """A bar a stage, with rate and time left."""
 
     def __init__(self, bars: Bars):
-        self.bars, self.stage, self.task = bars, "", None  # type: ignore[var-annotated]
+        self.bars, self.stage = bars, ""
+        self.task: TaskID | None = None
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Notice):
@@ -51,8 +58,12 @@ class _LiveDisplay:
             return
         if event.stage != self.stage or self.task is None:
             self.stage = event.stage
-            self.task = self.bars.add_task(_VERBS.get(event.stage, event.stage), total=event.total, unit=event.unit, item="")
-        self.bars.update(self.task, completed=event.done, total=event.total, item=event.item if event.done < event.total else "")
+            self.task = self.bars.add_task(
+                _VERBS.get(event.stage, event.stage), total=event.total, unit=event.unit, item=""
+            )
+        self.bars.update(
+            self.task, completed=event.done, total=event.total, item=event.item if event.done < event.total else ""
+        )
 
 
 class _PlainDisplay:
@@ -106,7 +117,9 @@ def _types_line(counts: dict[str, int]) -> str:
 def _heat(kind: str) -> Style:
     """From blue (few bits) to red (many)."""
     at = warmth(kind)
-    return Style(color="black", bgcolor=f"rgb({int(90 + 165 * at)},{int(190 - 70 * abs(at - 0.5) * 2)},{int(255 - 175 * at)})")
+    return Style(
+        color="black", bgcolor=f"rgb({int(90 + 165 * at)},{int(190 - 70 * abs(at - 0.5) * 2)},{int(255 - 175 * at)})"
+    )
 
 
 def _heat_table(found: HeatMap) -> Table:
@@ -148,7 +161,9 @@ def show_plan(plan: Plan, every_tensor: bool) -> None:
             tensor, found = plan.checkpoint.tensors[name], plan.damage.get(name)
             damage = f"{found.by_type[kind.name]:.3g}" if found and kind.name in found.by_type else ""
             worth = f"{plan.worth[name]:.3g}" if name in plan.worth else ""
-            table.add_row(name, "x".join(map(str, tensor.shape)), kind.name, str(kind.nbytes(tensor.n_elements)), damage, worth)
+            table.add_row(
+                name, "x".join(map(str, tensor.shape)), kind.name, str(kind.nbytes(tensor.n_elements)), damage, worth
+            )
         console.print(table)
 
 
@@ -215,7 +230,12 @@ def show_inspection(found: Inspection, every_tensor: bool) -> None:
     for kind in sorted({t.type for t in found.tensors}):
         views = [t for t in found.tensors if t.type == kind]
         known = [t.damage for t in views if t.damage is not None]
-        table.add_row(kind, str(len(views)), human(sum(t.nbytes for t in views)), f"{sum(known) / len(known):.3g}" if known else "")
+        table.add_row(
+            kind,
+            str(len(views)),
+            human(sum(t.nbytes for t in views)),
+            f"{sum(known) / len(known):.3g}" if known else "",
+        )
     console.print(table)
     _show_heat_map(console, found.heat_map())
     if every_tensor:
@@ -243,7 +263,12 @@ def show_policies(policies: list[Policy], in_full: bool) -> None:
     console = Console()
     if in_full:
         for policy in policies:
-            rows = [("name", policy.name), ("head", policy.head), ("family", policy.family), ("features", policy.features.name)]
+            rows = [
+                ("name", policy.name),
+                ("head", policy.head),
+                ("family", policy.family),
+                ("features", policy.features.name),
+            ]
             console.print(_table(rows + [(key, str(value)) for key, value in policy.card.items()]))
         return
     table = Table("policy", "head", "family", "summary", box=None, pad_edge=False, header_style="bold")

@@ -1,4 +1,5 @@
-"""Token ids of a text, by the tokenizer that will run: llama.cpp's, in the worker process, from the output's own metadata."""
+"""Token ids of a text, by the tokenizer that will run: llama.cpp's, in the worker process, from the output's own
+metadata."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """How sensitive a model's answers are to errors in each tensor: the diagonal Fisher information, one backward pass.
 
 For a linear layer with input x and output y, and g the gradient of the log-likelihood of a label *drawn from the model
-itself* with respect to y, the expected KL divergence that an error dW causes is, to second order and with inputs, gradients
-and errors taken as uncorrelated,
+itself* with respect to y, the expected KL divergence that an error dW causes is, to second order and with inputs,
+gradients and errors taken as uncorrelated,
 
     1/2 sum_ij E[g_i^2] E[x_j^2] dW_ij^2
 
@@ -17,6 +17,8 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
 from halo.checkpoint import Checkpoint
 from halo.network import Network, Weights
+
+_LARGE_TABLE = 100  # rows in the tensor for each one sampled
 
 
 class _TracedNetwork(Network):
@@ -67,15 +69,22 @@ def output_gradients(checkpoint: Checkpoint, windows: np.ndarray, seed: int) -> 
     return {name: total / windows.size for name, total in network.squares.items()}
 
 
-def fisher_damage(rows: np.ndarray, restored: np.ndarray, gradients: np.ndarray, mean_square: np.ndarray) -> float:
-    """The module's quadratic form for some rows.
+def fisher_damage(
+    rows: np.ndarray, restored: np.ndarray, index: np.ndarray, gradients: np.ndarray, mean_square: np.ndarray
+) -> float:
+    """The module's quadratic form for a whole tensor, from a sample of its rows.
+
+    Where the sample is a large part of the rows, each row's error meets its own gradient. An output table has tens of
+    thousands of rows and a few of them (frequent tokens) hold nearly all of the gradient: there the mean error of a row
+    meets the sum of all gradients.
 
     Args:
         rows, restored: float32 of shape (n, row length), before and after quantisation.
-        gradients: E[g_i^2] of those rows, shape (n,).
+        index: which rows of the tensor they are, shape (n,).
+        gradients: E[g_i^2] of all rows, shape (all rows,).
         mean_square: E[x_j^2], shape (row length,).
     """
-    error = np.square((rows - restored).astype(np.float64))
-    return 0.5 * float(np.einsum("ij,i,j->", error, gradients, mean_square.astype(np.float64)))
-
-
+    error = np.square((rows - restored).astype(np.float64)) @ mean_square.astype(np.float64)
+    if len(rows) * _LARGE_TABLE < len(gradients):
+        return 0.5 * float(error.mean() * gradients.sum())
+    return 0.5 * float(error @ gradients[index]) * len(gradients) / len(rows)

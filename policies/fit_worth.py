@@ -2,9 +2,10 @@
 
     python -m halo.policies.fit_worth MODEL [MODEL ...] --text FILE -o policies/llama-arch.pt
 
-For every tensor and a few types the ratio of Fisher damage (``fisher.py``) to the local relative error (``halo.damage``) is
-taken; a role's log-weight is the mean of the ratio's logarithm over blocks and types, less the model's own mean over roles.
-Depth and statistics get no weight here: fits on them do not carry over to another family (facts of issue 4).
+For every tensor and a few types the ratio of Fisher damage (``fisher.py``) to the local relative error
+(``halo.damage``) is taken; a role's log-weight is the mean of the ratio's logarithm over blocks and types, less the
+model's own mean over roles. Depth and statistics get no weight here: fits on them do not carry over to another family
+(facts of issue 4).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from halo.policies.fisher import fisher_damage, output_gradients
 
 from halo import ggml
 from halo.calibration import WINDOW, calibrate, single_threaded_torch
@@ -26,7 +28,6 @@ from halo.damage import relative_error
 from halo.events import ignore
 from halo.features import FEATURE_SETS
 from halo.gguf_types import TYPES
-from halo.policies.fisher import fisher_damage, output_gradients
 from halo.policy_file import FORMAT
 from halo.roles import ROLES, quantisable, role_of
 from halo.sampling import sample_rows
@@ -52,7 +53,7 @@ def log_ratios(checkpoint: Checkpoint, ids: np.ndarray, seed: int) -> dict[str, 
         ratios = []
         for kind in (TYPES[n] for n in _TYPES if TYPES[n].fits(tensor.row_len)):
             restored = ggml.dequantize(ggml.quantize(rows, kind.id, square), kind.id, *rows.shape)
-            damage = fisher_damage(rows, restored, gradients[tensor.name][index], square) * tensor.shape[0] / len(rows)
+            damage = fisher_damage(rows, restored, index, gradients[tensor.name], square)
             ratios.append(np.log(damage / relative_error(rows, kind, square)))
         out[tensor.name] = float(np.mean(ratios))
     return out
@@ -69,8 +70,8 @@ def role_weights(models: dict[str, dict[str, float]]) -> dict[str, float]:
 
 
 def policy_dict(weights: dict[str, float], card: dict[str, object]) -> dict[str, object]:
-    """The policy file's contents: one linear layer over the one-hot roles of ``halo1``. A role that no model had takes the
-    weight of its nearest kin: an untied output that of the tied table, and a table that is only looked up none."""
+    """The policy file's contents: one linear layer over the one-hot roles of ``halo1``. A role that no model had takes
+    the weight of its nearest kin: an untied output that of the tied table, and a table that is only looked up none."""
     width = FEATURE_SETS["halo1"].width
     row = np.zeros(width)
     for at, role in enumerate(ROLES):
@@ -82,7 +83,9 @@ def policy_dict(weights: dict[str, float], card: dict[str, object]) -> dict[str,
         "family": "llama",
         "mean": torch.zeros(width),
         "std": torch.ones(width),
-        "layers": [{"weight": torch.tensor(row, dtype=torch.float32)[None], "bias": torch.zeros(1), "activation": "none"}],
+        "layers": [
+            {"weight": torch.tensor(row, dtype=torch.float32)[None], "bias": torch.zeros(1), "activation": "none"}
+        ],
         "card": card,
     }
 
@@ -105,7 +108,9 @@ def main() -> None:
         print(f"{role:12} log-weight {value:+.3f}")
     card: dict[str, object] = {
         "summary": "weights by role alone, least squares on the diagonal Fisher of one model; not yet trained by RL",
-        "method": "mean over blocks and types (" + ", ".join(_TYPES) + ") of log(diagonal Fisher damage / local relative error)",
+        "method": "mean over blocks and types ("
+        + ", ".join(_TYPES)
+        + ") of log(diagonal Fisher damage / local relative error)",
         "trained_on": ", ".join(models),
         "text": f"{args.text.name}, {args.tokens} tokens, labels sampled from the model, seed {args.seed}",
         "command": "python -m halo.policies.fit_worth " + " ".join(sys.argv[1:]),

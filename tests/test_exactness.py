@@ -11,25 +11,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from halo.checkpoint import open_checkpoint
+from halo.checkpoint import open_checkpoint, structure
 from halo.checkpoint.base import Checkpoint
+from halo.checkpoint.vocab import Vocab, read_vocab
 from halo.gguf_file import Entry, Field, header_bytes, read_header, write_tensor
-from tests.tiny import make_hf
+from tests.tiny import TEXT, make_hf, write_tokenizer
 
+# ggml looks GELU up in a table of float16 (ggml-cpu/vec.h, ggml_vec_gelu_f32); all else is float32.
+GELU_TOLERANCE = 1e-3
 LINES_FILE = Path(__file__).parents[1] / "halo" / "data" / "text" / "tokenizer.txt"
 OWN_LINES = [
-    "def f(x):  return x**2  # comment", "    indented\tand\ttabs", "你好，世界！今天天气很好。", "مرحبا بالعالم", "🙂🚀👩‍💻 ok",
+    "def f(x):  return x**2  # comment", "    indented\tand\ttabs", "你好，世界！今天天气很好。", "مرحبا بالعالم",
+    "🙂🚀👩‍💻 ok",
     "don't WE'LL I'M they've 'RE", "1234567 3.14 1,000", "<|im_start|>user", "a<|im_end|>b", "Привет мир", "x" * 40,
     "  two spaces", "trailing   ", "a \u00a0 b", "'s'S", "...!!!???", "ÀÉÎ über straße", "<tool_call>{}</tool_call>",
 ]  # fmt: skip
-PROMPT = "The quick brown fox jumps over the lazy dog, don't they? def f(x): return x * 2 你好 🙂 12345"
+PROMPT = (
+    "The quick brown fox jumps over the lazy dog, don't they? def f(x): return x * 2 你好 🙂 12345 "
+    "and   more words after it"
+)
 
 
 def write_f32(checkpoint: Checkpoint, path: Path) -> Path:
     """The checkpoint as a GGUF of float32 tensors."""
     entries = [Entry(t.name, t.shape, 0) for t in checkpoint.tensors.values()]
     metadata = checkpoint.metadata | {"general.file_type": Field.uint32(0)}
-    with open(path, "wb") as file:
+    with path.open("wb") as file:
         file.write(header_bytes(metadata, entries))
         for tensor, entry in zip(checkpoint.tensors.values(), entries, strict=True):
             write_tensor(file, (rows for _, rows in tensor.chunks()), entry.nbytes)
@@ -75,7 +82,7 @@ def lines() -> list[str]:
     return [*LINES_FILE.read_text(encoding="utf-8").split("\n"), *OWN_LINES]
 
 
-def assert_same_logits(folder: Path, llm, ids: list[int], tolerance: float = 1e-3) -> None:
+def assert_same_logits(folder: Path, llm, ids: list[int], tolerance: float = 1e-5) -> None:
     expected = reference_logits(folder, ids)
     found = llama_logits(llm, ids)
     assert found.shape == expected.shape
@@ -116,6 +123,7 @@ GEMMA_ROPES = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 50000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
 }
+FULL = "full_attention"
 CASES: dict[str, tuple[str, dict]] = {
     "llama": ("llama", {}),
     "llama-tied": ("llama", {"tie_word_embeddings": True, "tokenizer": "smollm"}),
@@ -141,8 +149,8 @@ CASES: dict[str, tuple[str, dict]] = {
     "gemma3": ("gemma3", {}),
     "gemma3-json": ("gemma3", {"tokenizer_files": "json", "extra_rows": 9}),
     "gemma3-ropes": ("gemma3", {"rope_parameters": GEMMA_ROPES}),
-    "gemma3-pattern": ("gemma3", {"num_hidden_layers": 3, "layer_types": ["full_attention", "sliding_attention", "full_attention"]}),
-    "gemma3-global": ("gemma3", {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}),
+    "gemma3-pattern": ("gemma3", {"num_hidden_layers": 3, "layer_types": [FULL, "sliding_attention", FULL]}),
+    "gemma3-global": ("gemma3", {"num_hidden_layers": 2, "layer_types": [FULL] * 2}),
     "gemma3-softcap": ("gemma3", {"num_hidden_layers": 2, "final_logit_softcapping": 4.0}),
 }  # fmt: skip
 
@@ -157,8 +165,88 @@ def test_family(case: str, tmp_path: Path) -> None:
     tokenizer = reference_tokenizer(folder)
     ids = tokenizer.encode(PROMPT)[:48]
     assert llm.tokenize(PROMPT.encode(), add_bos=True, special=True)[:48] == ids
-    assert_same_logits(folder, llm, ids)
+    assert_same_logits(folder, llm, ids, GELU_TOLERANCE if family == "gemma3" else 1e-5)
     assert llm.metadata["tokenizer.chat_template"].startswith("{% for m in messages %}")
+
+
+def load_vocab(vocab: Vocab, path: Path):
+    """llama.cpp's tokenizer alone."""
+    import llama_cpp
+
+    path.write_bytes(header_bytes({"general.architecture": Field.string("llama"), **vocab.metadata}, []))
+    return llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+
+
+@pytest.mark.parametrize("style", ["llama2", "gemma"])
+def test_sentencepiece_itself(style: str, tmp_path: Path) -> None:
+    """A tokenizer.model alone gives SentencePiece's own token ids."""
+    import sentencepiece
+
+    write_tokenizer(tmp_path, style, files="model")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    llm = load_vocab(read_vocab(tmp_path, {}, processor.vocab_size()), tmp_path / "vocab.gguf")
+    skipped = literal_space_marks if style == "gemma" else lambda line: False
+    wrong = [
+        line
+        for line in lines()
+        if line and not skipped(line)
+        if llm.tokenize(line.encode(), add_bos=False, special=False) != processor.encode(line)
+    ]
+    assert not wrong
+
+
+def tokenizer_of_steps(steps: tuple[str, ...], ignore_merges: bool) -> str:
+    """tokenizer.json of a byte-level BPE trained behind the given pre-tokenizer."""
+    from tokenizers import Regex, Tokenizer, decoders, models, trainers
+    from tokenizers import pre_tokenizers as pre
+
+    named = {
+        structure._GPT2: pre.ByteLevel(add_prefix_space=False, use_regex=True),
+        structure._DIGITS: pre.Digits(individual_digits=True),
+    }
+    parts = [named[step] if step in named else pre.Split(Regex(step), "isolated") for step in steps]
+    if steps[-1] != structure._GPT2:
+        parts.append(pre.ByteLevel(add_prefix_space=False, use_regex=False))
+    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    tokenizer.pre_tokenizer = pre.Sequence(parts)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre.ByteLevel.alphabet()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([*TEXT, *lines() * 3], trainer)
+    return tokenizer.to_str()
+
+
+def split_marks(line: str) -> bool:
+    """llama.cpp writes the expressions of tekken and gpt-4o without Unicode's marks."""
+    return any(unicodedata.category(c).startswith("M") for c in line)
+
+
+@pytest.mark.parametrize("steps", structure._KNOWN, ids=lambda s: next(n for n in structure._KNOWN[s] if n))
+def test_pretokenizers(steps: tuple[str, ...], tmp_path: Path) -> None:
+    """Every pre-tokenizer that is recognised by structure splits the lines as llama.cpp's of that name does."""
+    from tokenizers import Tokenizer
+
+    plain, ignoring = structure._KNOWN[steps]
+    path = tmp_path / "tokenizer.json"
+    path.write_text(tokenizer_of_steps(steps, ignore_merges=plain is None), encoding="utf-8")
+    tokenizer = Tokenizer.from_file(str(path))
+    vocab = read_vocab(tmp_path, {}, tokenizer.get_vocab_size())
+    name = vocab.metadata["tokenizer.ggml.pre"].value
+    assert name == (plain or ignoring)
+    approximate = name in ("tekken", "gpt-4o")
+    assert any("combining marks" in note for note in vocab.notes) == approximate
+    llm = load_vocab(vocab, tmp_path / "vocab.gguf")
+    wrong = [
+        line
+        for line in lines()
+        if line and not (approximate and split_marks(line))
+        if llm.tokenize(line.encode(), add_bos=False, special=True)
+        != tokenizer.encode(line, add_special_tokens=False).ids
+    ]
+    assert not wrong
 
 
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:

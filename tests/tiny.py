@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 TEXT = [
-    "The quick brown fox jumps over the lazy dog while 1234567 people watch it, don't they? We'll see: I'm sure you've been.",
+    "The quick brown fox jumps over the lazy dog while 1234567 people watch it, don't they? We'll see: I'm sure.",
     "def forward(self, x):\n    for i in range(10):\n        x = x * 2 + i  # a comment\n    return x\n",
     '{"name": "halo", "values": [1, 2.5, -3e10, null, true], "text": "a\\tb\\nc"}\n\n\n',
-    "Die Grüße aus Köln; où est l'été? ¿Dónde está el niño? Привет, как дела? 你好，世界！今天天气很好。 こんにちは世界。 مرحبا بالعالم",
+    "Die Grüße aus Köln; où est l'été? ¿Dónde está? Привет, мир? 你好，世界！今天天气很好。 こんにちは世界。 مرحبا",
     "Mixed   spaces \t\t tabs   \n\n  and lines \r\n end. 3.14159 + 2,718 = 5.86 (roughly) #hash @user https://example.org/a?b=c&d=e",
     "Emoji 🙂🚀👩‍💻 and symbols €£¥ ½ ² ™ — “quotes” … ok. ALLCAPS CamelCase snake_case kebab-case 'RE 'Ve it'LL",
 ] * 20
@@ -121,7 +121,7 @@ def sentencepiece_json(model: bytes, dummy_prefix: bool) -> str:
 
 
 def write_tokenizer(folder: Path, style: str, *, files: str = "both") -> int:
-    """Write a tokenizer: one of ``BYTE_LEVEL``, ``llama2`` or ``gemma`` (``files``: both, json or model). Returns its size."""
+    """Write one of ``BYTE_LEVEL``, ``llama2`` or ``gemma`` (``files``: both, json or model); its number of tokens."""
     from tokenizers import Tokenizer
 
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 1024}

@@ -24,8 +24,8 @@ class Tensor:
     Attributes:
         shape: outermost first: (rows, row length) of a matrix, (n,) of a vector.
         source_type: how the source stores it: ``F32``, ``F16``, ``BF16`` or a quantised type's name.
-        reader: ``reader(start, stop)`` gives rows as float32, shape (stop - start, *shape[1:]); a vector counts as n rows
-            of one number and comes as shape (stop - start,).
+        reader: ``reader(start, stop)`` gives rows as float32, shape (stop - start, *shape[1:]); a vector counts as n
+            rows of one number and comes as shape (stop - start,).
     """
 
     name: str
@@ -135,4 +135,4 @@ class Checkpoint:
 
     def non_finite(self, name: str) -> SourceError:
         """The error for a tensor with NaN or Inf in it."""
-        return SourceError(f"{self.path}: {name} holds NaN or Inf; the checkpoint is damaged: download or export it again")
+        return SourceError(f"{self.path}: {name} holds NaN or Inf; the checkpoint is damaged: get it again")

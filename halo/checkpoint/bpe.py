@@ -8,9 +8,16 @@ from typing import Any
 from gguf import TokenType
 
 from halo.checkpoint.pretokenizer import name_by_hash, tokenizer_hash
-from halo.checkpoint.structure import choose_name, flatten
+from halo.checkpoint.structure import choose_name, flatten, merge_pairs
 from halo.checkpoint.vocab import Pieces
 from halo.errors import SourceError, UnsupportedError
+
+# llama.cpp writes these expressions without Unicode's letter cases and marks (src/llama-vocab.cpp, TEKKEN and GPT4O).
+_APART_MARKS = {"tekken", "gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"}
+_MARKS = (
+    "llama.cpp splits words at combining marks (Hindi, Tamil, Thai, vocalised Arabic and Hebrew), which this tokenizer "
+    "does not: such text becomes other tokens than in the original."
+)
 
 
 def byte_level_pieces(path: Path, data: dict[str, Any]) -> Pieces:
@@ -27,12 +34,14 @@ def byte_level_pieces(path: Path, data: dict[str, Any]) -> Pieces:
                 f"{path}: the tokenizer normalises text ({step.get('type')}), which llama.cpp does not do"
             )
     vocab: dict[str, int] = data["model"]["vocab"]
+    pre = _pre(path, data)
     return Pieces(
         model="gpt2",
-        pre=_pre(path, data),
+        pre=pre,
         texts={i: text for text, i in vocab.items()},
         types=dict.fromkeys(vocab.values(), TokenType.NORMAL),
         merges=merge_lines(path, data["model"].get("merges")),
+        notes=[_MARKS] if pre in _APART_MARKS else [],
     )
 
 
@@ -41,21 +50,12 @@ def _pre(path: Path, data: dict[str, Any]) -> str:
 
     try:
         known = name_by_hash(tokenizer_hash(Tokenizer.from_file(str(path))))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise SourceError(f"{path}: the tokenizers library cannot load it ({error}); download it again") from None
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises bare Exception, and a Rust panic is not even that
+        what = " ".join(str(error).split())
+        raise SourceError(f"{path}: the tokenizers library cannot use it ({what}); download it again") from None
     return choose_name(path, data, known)
-
-
-def merge_pairs(path: Path, merges: Any) -> list[tuple[str, str]]:
-    """Merges of either of tokenizer.json's spellings, as pairs.
-
-    Raises:
-        SourceError: anything else.
-    """
-    pairs = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in merges or []]
-    if not pairs or not all(len(pair) == 2 and all(isinstance(part, str) for part in pair) for pair in pairs):
-        raise SourceError(f"{path}: has no usable merges; download it again")
-    return pairs
 
 
 def merge_lines(path: Path, merges: Any) -> list[str]:

@@ -31,15 +31,15 @@ class _QuantisedRows:
     info: TensorInfo
 
     def __call__(self, start: int, stop: int) -> np.ndarray:
-        from halo import ggml
-
         shape, info = self.info.shape, self.info
         if len(shape) == 1:
-            return self._rows(0, 1, ggml)[0, start:stop]
+            return self._rows(0, 1)[0, start:stop]
         inner = math.prod(shape[1:-1])
-        return self._rows(start * inner, stop * inner, ggml).reshape(stop - start, *info.shape[1:])
+        return self._rows(start * inner, stop * inner).reshape(stop - start, *info.shape[1:])
 
-    def _rows(self, start: int, stop: int, ggml) -> np.ndarray:
+    def _rows(self, start: int, stop: int) -> np.ndarray:
+        from halo import ggml
+
         info = self.info
         row_bytes = info.nbytes // math.prod(info.shape[:-1])
         data = read_bytes(self.path, info.offset + start * row_bytes, (stop - start) * row_bytes, info.name)

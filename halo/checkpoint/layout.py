@@ -1,4 +1,4 @@
-"""Hugging Face tensors under their GGUF names: which must be there, in which shape and order, how rows are rearranged."""
+"""Hugging Face tensors under their GGUF names: which must be there, shapes, order, and how rows are rearranged."""
 
 from __future__ import annotations
 
@@ -128,8 +128,8 @@ def _refuse_extra(left: dict[str, StoredTensor]) -> None:
     more = f" and {len(left) - 1} more" if len(left) > 1 else ""
     raise unsupported(
         first.path,
-        f"unexpected tensor {first.name} of shape {list(first.shape)}{more}: config.json describes no such part, so HALO "
-        "cannot convert it exactly",
+        f"unexpected tensor {first.name} of shape {list(first.shape)}{more}: config.json describes no such "
+        "part, so HALO cannot convert it exactly",
     )
 
 

@@ -94,7 +94,7 @@ def _refuse(config: Config, family: Family) -> None:
         if config.get(key):
             raise unsupported(config.path, f"a mixture of experts ({key} {config.get(key)}) is not supported")
     key = "hidden_activation" if family.is_gemma else "hidden_act"
-    if config.get(key) not in family.activation:
+    if str(config.get(key)) not in family.activation:
         what = f"{key} '{config.get(key)}' is not what llama.cpp computes ({family.activation[0]})"
         raise unsupported(config.path, what)
     absent = ["attn_logit_softcapping"] if family.is_gemma else ["attn_logit_softcapping", "final_logit_softcapping"]
@@ -127,7 +127,7 @@ def _sizes(config: Config, family: Family) -> tuple[int, int, int, int, int]:
 
 
 def _check_gemma_scale(config: Config, n_blocks: int, n_embd: int, n_heads: int, head_dim: int) -> None:
-    # llama.cpp has no key for it: 62 blocks mean the 27B model, which divides by hidden_size / heads (models/gemma3.cpp).
+    # llama.cpp has no key for it: 62 blocks mean the 27B model, divided by hidden_size / heads (models/gemma3.cpp).
     wanted = n_embd // n_heads if n_blocks == 62 else head_dim
     if config.number("query_pre_attn_scalar") != wanted:
         given = config.get("query_pre_attn_scalar")
@@ -145,7 +145,7 @@ def _windows(config: Config, family: Family, n_blocks: int) -> tuple[int | None,
     types = config.get("layer_types")
     if types is not None and family.architecture != "llama":
         kinds = {"sliding_attention", "full_attention"}
-        if not isinstance(types, list) or len(types) != n_blocks or not all(kind in kinds for kind in types):
+        if not isinstance(types, list) or len(types) != n_blocks or not all(str(kind) in kinds for kind in types):
             raise SourceError(f"{config.path}: layer_types does not say {' or '.join(kinds)} of each layer; {_MEND}")
         sliding = tuple(kind == "sliding_attention" for kind in types)
     elif family.is_gemma:

@@ -75,7 +75,7 @@ def read_rope(config: Config, kinds: tuple[str, ...], nested: bool) -> Rope:
 
 def _spellings(config: Config, nested: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """Parameters of the global and of the sliding layers, wherever config.json has them."""
-    new, old = (dict(value) if isinstance(value := config.get(key), dict) else {} for key in _KEYS)
+    new, old = (_object(config.get(key)) for key in _KEYS)
     theta = config.get("rope_theta", config.get("default_theta"))
     by_layer = "full_attention" in new or "sliding_attention" in new
     if not nested:
@@ -84,9 +84,13 @@ def _spellings(config: Config, nested: bool) -> tuple[dict[str, Any], dict[str, 
         return {"rope_theta": theta, **(new or old)}, {}
     if new and not by_layer:
         raise unsupported(config.path, "rope_parameters without full_attention and sliding_attention")
-    full = {"rope_theta": theta, **(new.get("full_attention") or {}), **old}
+    full = {"rope_theta": theta, **_object(new.get("full_attention")), **old}
     local = config.get("rope_local_base_freq", 10000.0)
-    return full, {"rope_theta": local, **(new.get("sliding_attention") or {})}
+    return full, {"rope_theta": local, **_object(new.get("sliding_attention"))}
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return dict(value) if isinstance(value, dict) else {}
 
 
 def _params(config: Config, kind: str, full: dict[str, Any]) -> dict[str, float]:

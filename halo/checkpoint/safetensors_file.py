@@ -154,8 +154,8 @@ def _no_weights(folder: Path, others: list[Path]) -> SourceError:
     for pattern in ("pytorch_model*.bin", "consolidated*.pth", "*.bin", "*.pt"):
         if any(folder.glob(pattern)):
             return SourceError(
-                f"{folder}: the weights are PyTorch pickles ({next(folder.glob(pattern)).name}), which can run code when "
-                "loaded; convert them to safetensors (AutoModelForCausalLM.from_pretrained, then save_pretrained)"
+                f"{folder}: the weights are PyTorch pickles ({next(folder.glob(pattern)).name}), which can run code "
+                "when loaded; convert them to safetensors (AutoModelForCausalLM.from_pretrained, then save_pretrained)"
             )
     return SourceError(f"{folder}: no {SINGLE_NAME} and no {INDEX_NAME}; download the weights into it")
 

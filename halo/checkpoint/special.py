@@ -92,7 +92,7 @@ def special_metadata(
         ids["bos"] = by_text[first]
     if isinstance(last, str) and by_text.get(last) != ids.get("eos"):
         notes.append(
-            f"The original tokenizer ends texts with {last}, which is not its end-of-sequence token; llama.cpp does not."
+            f"The original tokenizer ends texts with {last}, not its end-of-sequence token; llama.cpp does not."
         )
         last = False
     out: Metadata = {f"tokenizer.ggml.{_ID_KEYS[kind]}": Field.uint32(i) for kind, i in ids.items()}
@@ -137,7 +137,7 @@ def _around(data: dict[str, Any], settings: dict[str, Any]) -> tuple[str | bool,
         notes.append(
             f"The original tokenizer puts {' '.join(before + after)} around a text; llama.cpp puts one token on a side."
         )
-    return (before or [False])[-1], (after or [False])[0], notes
+    return before[-1] if before else False, after[0] if after else False, notes
 
 
 def _template(single: list[dict[str, Any]]) -> tuple[list[str], list[str]]:

@@ -15,16 +15,15 @@ from typing import Any
 
 from gguf import TokenType
 
-from halo.checkpoint.bpe import merge_pairs
 from halo.checkpoint.special import Added
-from halo.checkpoint.structure import flatten
+from halo.checkpoint.structure import flatten, merge_pairs
 from halo.checkpoint.vocab import Pieces
 from halo.errors import SourceError, UnsupportedError
 
 _SPACE = "\u2581"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # sentencepiece_model.proto, ModelProto.SentencePiece.Type; the numbers are gguf's too.
-_TYPES = {1: TokenType.NORMAL, 2: TokenType.UNKNOWN, 3: TokenType.CONTROL, 4: TokenType.USER_DEFINED, 5: TokenType.UNUSED, 6: TokenType.BYTE}  # fmt: skip
+_TYPES = {kind.value: kind for kind in TokenType}
 _BPE = 2  # TrainerSpec.ModelType
 
 
@@ -39,11 +38,12 @@ def pieces_from_model(path: Path, settings: dict[str, Any]) -> Pieces:
     model.refuse_unlike_llama_cpp()
     prefix = settings.get("add_prefix_space")
     space_prefix = prefix if isinstance(prefix, bool) else model.dummy_prefix
-    pieces = Pieces("llama", "default", {}, {}, scores={}, space_prefix=space_prefix)
+    scores: dict[int, float] = {}
+    pieces = Pieces("llama", "default", {}, {}, scores=scores, space_prefix=space_prefix)
     for i, (text, score, kind) in enumerate(model.pieces):
         pieces.types[i] = _TYPES.get(kind, TokenType.NORMAL)
         pieces.texts[i] = text.replace(_SPACE, " ") if kind == 4 else text
-        pieces.scores[i] = score
+        scores[i] = score
     return pieces
 
 
@@ -52,7 +52,7 @@ def pieces_from_json(path: Path, data: dict[str, Any], model_path: Path, added: 
 
     Raises:
         SourceError: a file is damaged.
-        UnsupportedError: text is normalised or split in a way llama.cpp does not do, or the merges are not SentencePiece's.
+        UnsupportedError: text is normalised or split as llama.cpp does not, or the merges are not SentencePiece's.
     """
     vocab: dict[str, int] = data["model"]["vocab"]
     space_prefix, notes = _space_prefix(path, data)
@@ -98,7 +98,7 @@ def _space_prefix(path: Path, data: dict[str, Any]) -> tuple[bool, list[str]]:
             escaped = True
         elif not (step.get("type") == "Split" and step.get("pattern") == {"String": " "} and escaped):
             raise UnsupportedError(
-                f"{path}: the tokenizer splits text first ({step.get('type')}), which llama.cpp does not do for SentencePiece"
+                f"{path}: the tokenizer splits text first ({step.get('type')}), which llama.cpp does not do"
             )
     if not escaped:
         raise UnsupportedError(f"{path}: the tokenizer does not write spaces as {_SPACE}, which llama.cpp does")
@@ -132,8 +132,8 @@ def _scores_of_merges(path: Path, data: dict[str, Any], added: set[str]) -> dict
             left, right = text[:cut], text[cut:]
             if left in vocab and right in vocab and (left, right) not in known and not {left, right} & skipped:
                 raise UnsupportedError(
-                    f"{path}: its merges are not SentencePiece's (no merge of {left!r} and {right!r}), so llama.cpp would split "
-                    "words differently; add the tokenizer.model it was made from"
+                    f"{path}: its merges are not SentencePiece's (no merge of {left!r} and {right!r}), and llama.cpp "
+                    "would split words differently; add the tokenizer.model it was made from"
                 )
     return {i: -float(ranks.get(text, len(pairs))) for text, i in vocab.items()}
 
@@ -188,7 +188,7 @@ class SentencePieceModel:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of a protobuf message: int of a varint, bytes of anything else; ValueError or IndexError if cut off."""
+    """(number, value) of a protobuf message: ints and bytes. ValueError or IndexError if it is cut off."""
     at, end = 0, len(data)
     while at < end:
         tag, at = _varint(data, at)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from halo.errors import UnsupportedError
+from halo.errors import SourceError, UnsupportedError
 
 _ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -25,7 +25,10 @@ _CASED = (
 _CASED_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = rf"{_ENGLISH}|{_WORD}|\p{{N}}{{1,3}}{_TAIL}"
 _QWEN2 = rf"{_ENGLISH}|{_WORD}|\p{{N}}{_TAIL}"
-_QWEN35 = rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_QWEN35 = (
+    rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _TEKKEN = rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}{_CASED_TAIL}"
 _GPT4O = rf"{_CASED[0]}{_ENGLISH}?|{_CASED[1]}{_ENGLISH}?|\p{{N}}{{1,3}}{_CASED_TAIL}"
 _SEED = rf"{_ENGLISH}|{_WORD}|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -58,13 +61,13 @@ _KNOWN: dict[tuple[str, ...], tuple[str | None, str | None]] = {
 
 # Names of the same expressions, so that a name found by hash is kept.
 _ALIKE: dict[tuple[str, ...], str] = {
-    (_LLAMA3,): "llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano dbrx smaug-bpe chatglm-bpe glm4",
-    (_QWEN2,): "qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2",
-    (_DIGITS, _GPT2): "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2",
-    (
-        _GPT2,
-    ): "gpt-2 phi-2 gigachat jina-v2-es jina-v2-de a.x-4.0 mellum modern-bert exaone4 mpt olmo jais trillion granite-docling",
-    (_GPT4O,): "gpt-4o llama4 kanana2 talkie minimax-m2",
+    (_LLAMA3,): "falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano dbrx chatglm-bpe glm4",
+    (_QWEN2,): "deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2",
+    (_DIGITS, _GPT2): "starcoder refact command-r codeshell exaone minerva-7b mellum2",
+    (_GPT2,): (
+        "phi-2 gigachat jina-v2-es jina-v2-de a.x-4.0 mellum modern-bert exaone4 mpt olmo jais trillion granite-docling"
+    ),
+    (_GPT4O,): "llama4 kanana2 talkie minimax-m2",
 }
 
 
@@ -94,7 +97,7 @@ def choose_name(path: Path, data: dict[str, Any], by_hash: str | None) -> str:
     if name is not None:
         return name
     # Where merges lead to every token, taking a whole word for its token changes nothing.
-    if not merges_reach_all(data):
+    if not merges_reach_all(path, data):
         raise _unknown(path, f"has ignore_merges {str(ignore).lower()}, for which llama.cpp has no such pre-tokenizer")
     return next(other for other in _KNOWN[steps] if other)
 
@@ -144,16 +147,28 @@ def _split(path: Path, step: dict[str, Any]) -> str:
     return pattern["Regex"].replace("\r", r"\r").replace("\n", r"\n")
 
 
-def merges_reach_all(data: dict[str, Any]) -> bool:
+def merge_pairs(path: Path, merges: Any) -> list[tuple[str, str]]:
+    """Merges of either of tokenizer.json's spellings, as pairs.
+
+    Raises:
+        SourceError: anything else.
+    """
+    pairs: list[tuple[str, str]] = []
+    for merge in merges if isinstance(merges, list) else []:
+        parts = merge.split(" ", 1) if isinstance(merge, str) else merge
+        if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(part, str) for part in parts):
+            raise SourceError(f"{path}: {merge!r} is no merge of two tokens; download it again")
+        pairs.append((parts[0], parts[1]))
+    if not pairs:
+        raise SourceError(f"{path}: has no merges; download it again")
+    return pairs
+
+
+def merges_reach_all(path: Path, data: dict[str, Any]) -> bool:
     """Whether BPE turns the text of each token of the vocabulary into that token."""
     from tokenizers.models import BPE
 
     vocab = data["model"]["vocab"]
-    model = BPE(
-        vocab=vocab,
-        merges=[
-            tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in data["model"]["merges"]
-        ],
-    )
+    model = BPE(vocab=vocab, merges=merge_pairs(path, data["model"].get("merges")))
     added = {token["content"] for token in data.get("added_tokens") or []}
     return all(len(model.tokenize(token)) == 1 for token in vocab if token not in added)

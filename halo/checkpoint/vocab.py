@@ -1,12 +1,13 @@
 """The tokenizer of a Hugging Face folder as llama.cpp's metadata. Nothing here runs foreign code or asks the network.
 
-Which kind of tokenizer it is decides tokenizer.json where there is one, as in transformers; a ``tokenizer.model`` beside
-it then only gives the scores. Two limits are llama.cpp's: it does not normalise text (Qwen composes characters, NFC),
-and it keeps the spaces beside a special token that asks for them to be stripped.
+tokenizer.json decides which kind of tokenizer it is, as in transformers; a ``tokenizer.model`` beside it then only
+gives the scores. Two limits are llama.cpp's: it does not normalise text (Qwen composes characters, NFC), and it keeps
+the spaces beside a special token that asks for them to be stripped.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,15 @@ def read_vocab(folder: Path, config: dict[str, Any], n_rows: int) -> Vocab:
         SourceError: no tokenizer, a damaged one, or one larger than the embedding.
         UnsupportedError: a tokenizer that llama.cpp does not have.
     """
+    try:
+        return _read_vocab(folder, config, n_rows)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        # JSON of another shape than any tokenizer's; each place it may show is not worth a check of its own.
+        what = f"{type(error).__name__}: {error}".replace("\n", " ")
+        raise SourceError(f"{folder}: the tokenizer's files are malformed ({what}); download them again") from None
+
+
+def _read_vocab(folder: Path, config: dict[str, Any], n_rows: int) -> Vocab:
     settings = read_optional_json(folder / "tokenizer_config.json")
     data = read_optional_json(folder / "tokenizer.json")
     added = added_tokens(folder, data, settings)
@@ -90,7 +100,7 @@ def _pieces(folder: Path, data: dict[str, Any], settings: dict[str, Any], added:
         if (folder / "tokenizer.model").is_file():
             return pieces_from_model(folder / "tokenizer.model", settings)
         raise SourceError(
-            f"{folder}: no tokenizer.json and no tokenizer.model; download the tokenizer, or save it with AutoTokenizer's save_pretrained"
+            f"{folder}: no tokenizer.json and no tokenizer.model; download the tokenizer, or save it with AutoTokenizer"
         )
     model = data.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
@@ -135,7 +145,7 @@ def _fit(folder: Path, pieces: Pieces, added: list[Added], n_rows: int) -> None:
     beyond = sorted(i for i in pieces.texts if i >= n_rows)
     if beyond and not {token.id for token in added}.issuperset(beyond):
         raise SourceError(
-            f"{folder}: the tokenizer has {max(beyond) + 1} tokens, the embedding {n_rows} rows; they do not belong together"
+            f"{folder}: the tokenizer has {max(beyond) + 1} tokens, the embedding {n_rows} rows: not of one model"
         )
     if beyond:
         pieces.notes.append(
@@ -145,10 +155,9 @@ def _fit(folder: Path, pieces: Pieces, added: list[Added], n_rows: int) -> None:
         del pieces.texts[i]
     taken = set(pieces.texts.values())
     if len(taken) != len(pieces.texts):
-        seen: set[str] = set()
-        twice = next(t for t in pieces.texts.values() if t in seen or seen.add(t))
+        twice = Counter(pieces.texts.values()).most_common(1)[0][0]
         raise SourceError(
-            f"{folder}: two tokens of the tokenizer have the same text {twice!r}, which llama.cpp cannot load; mend the tokenizer"
+            f"{folder}: two tokens of the tokenizer have the same text {twice!r}, which llama.cpp cannot load; mend it"
         )
     for i in range(n_rows):
         if i not in pieces.texts:
