@@ -37,7 +37,7 @@ def _sums(x: torch.Tensor) -> _Sums:
     magnitude = x.abs()
     return (
         x.shape[0],
-        torch.einsum("tc,tc->c", x, x).numpy(),
+        x.square().sum(0).numpy(),
         x.sum(0).numpy(),
         magnitude.sum(0).numpy(),
         magnitude.amax(0).numpy(),

@@ -2,8 +2,9 @@
 
 ``ramp11`` is RAMP's embedding (Table 24, Appendix A). Taken as printed, its two activation features are 1.0 for every
 layer: per-channel maxima run from 4 to 157 (section 2.4) and are multiplied by 100 and 1000 before the clip at 1. HALO
-divides act_scales by 1000 times the square root of the layer's width first (eq. 12 divides by that root; the 1000
-undoes feature 9's factor), which leaves the printed formulas as they are and their values inside (0, 1).
+divides act_scales by 10000 times the square root of the layer's width first (eq. 12 divides by that root; the 10000
+undoes feature 9's factor and leaves room: 157 at a width of 576 gives 0.65), which leaves the printed formulas as they
+are and their values inside (0, 1).
 
 ``halo1`` is free of scale: nothing in it changes when weights or activations are multiplied by a constant, so a
 function-preserving rewrite of a checkpoint hardly changes the decision.
@@ -59,7 +60,7 @@ def ramp11(layers: Sequence[Layer], n_blocks: int) -> np.ndarray:
         row[5] = _LAYER_TYPE.get(role_of(layer.tensor.name), _OTHER_TYPE)
         row[6] = 0.0 if depth < 0.1 else 1.0 if depth > 0.9 else 0.5
         if layer.statistics is not None:
-            act_scales = layer.statistics.max_abs / (1000 * math.sqrt(width))
+            act_scales = layer.statistics.max_abs / (10_000 * math.sqrt(width))
             row[7] = min(float(act_scales.mean()) * 100, 1)
             row[8] = min(float(act_scales.max()) * 1000, 1)
     return out
@@ -79,14 +80,17 @@ def _log_ratio(numerator: float, denominator: float) -> float:
 def halo1(layers: Sequence[Layer], n_blocks: int) -> np.ndarray:
     """HALO's scale-free features, float32 of shape (layers, 17).
 
-    0-8 the role, one-hot (``roles.ROLES``); 9 depth; 10 nearness to the first block and 11 to the last, falling off
-    over blocks and not over fractions; 12 log row length over rows; 13 how unevenly the input's energy lies on its
-    channels; 14 log peak over root mean square of the input; 15 share of the input's energy in its mean; 16 log of
-    weight standard deviation over mean magnitude (heavy tails).
+    0-8 the role, one-hot (``roles.ROLES``), where a tied embedding counts as the output layer it is; 9 depth; 10
+    nearness to the first block and 11 to the last, falling off over blocks and not over fractions; 12 log row length
+    over rows; 13 how unevenly the input's energy lies on its channels; 14 log peak over root mean square of the input;
+    15 share of the input's energy in its mean; 16 log of weight standard deviation over mean magnitude (heavy tails).
     """
     out = np.zeros((len(layers), 17), np.float32)
+    tied = all(role_of(layer.tensor.name) != "output" for layer in layers)
     for row, layer in zip(out, layers, strict=True):
         role, block = role_of(layer.tensor.name), block_of(layer.tensor.name)
+        if tied and role == "token_embd":
+            role = "output"
         if role in ROLES:
             row[ROLES.index(role)] = 1
         row[9] = _depth(layer.tensor.name, n_blocks)

@@ -18,6 +18,9 @@ from halo.statistics import Statistics
 # A channel that is never used would get a scale of zero; one used a million times more than others, one that float16
 # scales of blocks cannot hold.
 _LEAST, _MOST = 2.0**-6, 2.0**6
+# Whose graphs are known to be linear between the tensors of a site. Elsewhere a norm may have other readers
+# (command-r's feed-forward reads attn_norm), or up and down a non-linearity between them (starcoder2).
+_KNOWN = ("llama", "qwen2", "qwen3", "gemma3")
 
 
 @dataclass
@@ -78,9 +81,11 @@ class Site:
 
 def sites(checkpoint: Checkpoint) -> list[Site]:
     """The places of a checkpoint, block by block. A block that lacks one of a site's tensors, or has another reader of
-    the same norm, is left alone: then nothing is folded there."""
+    the same norm, is left alone: then nothing is folded there. So is any architecture but those of ``_KNOWN``."""
     hyper, tensors = checkpoint.hyper, checkpoint.tensors
     found: list[Site] = []
+    if checkpoint.architecture not in _KNOWN:
+        return found
 
     def add(
         key: str, producers: tuple[str, ...], readers: tuple[str, ...], groups: tuple[int, int, int] | None = None
@@ -98,7 +103,8 @@ def sites(checkpoint: Checkpoint) -> list[Site]:
         heads = (hyper.n_kv_heads, hyper.n_heads // hyper.n_kv_heads, hyper.head_dim)
         add(f"{at}attn_v", (f"{at}attn_v.weight", f"{at}attn_v.bias"), (f"{at}attn_output.weight",), heads)
         add(f"{at}ffn_norm", (f"{at}ffn_norm.weight",), (f"{at}ffn_gate.weight", f"{at}ffn_up.weight"))
-        add(f"{at}ffn_up", (f"{at}ffn_up.weight", f"{at}ffn_up.bias"), (f"{at}ffn_down.weight",))
+        if f"{at}ffn_gate.weight" in tensors:
+            add(f"{at}ffn_up", (f"{at}ffn_up.weight", f"{at}ffn_up.bias"), (f"{at}ffn_down.weight",))
     return found
 
 

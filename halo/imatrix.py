@@ -51,7 +51,7 @@ def load(path: Path) -> Statistics:
     (``ActivationStatistics.from_mean_square``). The experts of a mixture are averaged.
 
     Raises:
-        SourceError: not a GGUF imatrix, or with counts of zero or NaN in it.
+        SourceError: not a GGUF imatrix, or with counts of zero, NaN or negative sums in it.
     """
     header = read_header(path)
     kind = header.metadata.get("general.type")
@@ -70,9 +70,10 @@ def load(path: Path) -> Statistics:
                 continue
             base = name[: -len(_SUMS)]
             sums, counts = np.atleast_2d(array(name)), array(base + _COUNTS).reshape(-1)
+            used = counts > 0
             with np.errstate(all="ignore"):
-                mean_square = (sums / counts[:, None])[counts > 0].mean(axis=0)
-            if not counts.any() or not np.isfinite(mean_square).all():
+                mean_square = (sums[used] / counts[used, None]).mean(axis=0) if used.any() else np.full(1, np.nan)
+            if not np.isfinite(mean_square).all() or (mean_square < 0).any():
                 raise SourceError(f"{path}: {base} has no usable entry; make the imatrix again from more text")
             out[base] = ActivationStatistics.from_mean_square(mean_square.astype(np.float32), int(counts.max()))
     if not out:

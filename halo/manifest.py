@@ -87,6 +87,24 @@ def read_manifest(path: Path) -> Manifest:
     try:
         calibration = CalibrationRecord(**data.pop("calibration"))
         tensors = {name: TensorRecord(**record) for name, record in data.pop("tensors").items()}
-        return Manifest(calibration=calibration, tensors=tensors, **data)
-    except (TypeError, KeyError, AttributeError) as error:
+        manifest = Manifest(calibration=calibration, tensors=tensors, **data)
+        _check_recipe(manifest)
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise RecipeError(f"{path}: not a complete halo.json: {error}") from None
+    return manifest
+
+
+def _check_recipe(manifest: Manifest) -> None:
+    """TypeError, KeyError or ValueError when something that a repetition reads is not what it must be."""
+    int(manifest.budget["file_bytes"]), int(manifest.budget["context"]), manifest.budget["asked"]
+    manifest.policy["name"], manifest.policy["sha256"]
+    for key, exponent in manifest.fold_exponents.items():
+        if not isinstance(exponent, int | float) or not 0 <= exponent <= 1:
+            raise ValueError(f"fold exponent {exponent!r} of {key}")
+    record = manifest.calibration
+    if not (isinstance(record.text, str) and isinstance(record.tokens, int) and record.tokens >= 0):
+        raise ValueError("calibration record")
+    if record.dtype not in (None, "float32", "bfloat16"):
+        raise ValueError(f"calibration dtype {record.dtype!r}")
+    if not all(isinstance(r.type, str) for r in manifest.tensors.values()):
+        raise ValueError("a tensor's type is no name")

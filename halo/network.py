@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,7 +22,8 @@ Observer = Callable[[tuple[str, ...], torch.Tensor], None]
 Weights = dict[str, torch.Tensor]
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
-# src/models/gemma3.cpp: every sixth layer attends globally; the 27B (62 layers) scales queries by its embedding width.
+# src/models/gemma3.cpp: every sixth layer attends globally, unless the file says otherwise; the 27B (62 layers) scales
+# queries by its embedding width.
 _GEMMA3_SWA_PATTERN = 6
 _GEMMA3_27B_LAYERS = 62
 _ATTENTION = (
@@ -39,27 +39,40 @@ _ATTENTION = (
 _FEED_FORWARD = ("ffn_norm", "ffn_gate", "ffn_up", "ffn_down", "post_ffw_norm")
 
 
-@dataclass(frozen=True)
 class Rope:
-    """Rotary embedding of one kind of layer; ``inverse`` in radians a position, shape (head_dim/2,)."""
+    """Rotary embedding of one kind of layer.
 
-    inverse: torch.Tensor
-    magnitude: float
-    interleaved: bool
+    Args:
+        inverse: radians a position, shape (rotated dimensions / 2,).
+        magnitude: of the rotated vectors (YaRN).
+        interleaved: pairs are neighbours (llama.cpp's NORM), else halves (NEOX).
+    """
+
+    def __init__(self, inverse: torch.Tensor, magnitude: float, interleaved: bool):
+        self.inverse, self.magnitude, self.interleaved = inverse, magnitude, interleaved
+        self._turns = torch.empty(0, inverse.numel(), dtype=torch.complex64)
+
+    def turns(self, n_pos: int) -> torch.Tensor:
+        """Complex factors of shape (positions, rotated dimensions / 2), kept for the next call."""
+        if self._turns.shape[0] < n_pos:
+            angle = torch.outer(torch.arange(n_pos, dtype=torch.float32), self.inverse)
+            self._turns = torch.polar(torch.full_like(angle, self.magnitude), angle)
+        return self._turns[:n_pos]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Rotate x of shape (sequences, heads, positions, head_dim)."""
-        angle = torch.outer(torch.arange(x.shape[2], dtype=torch.float32), self.inverse)
-        cos, sin = (angle.cos() * self.magnitude).to(x.dtype), (angle.sin() * self.magnitude).to(x.dtype)
         half = self.inverse.numel()
-        rotated, rest = x[..., : 2 * half], x[..., 2 * half :]
+        turns = self.turns(x.shape[2])
         if self.interleaved:
-            a, b = rotated[..., 0::2], rotated[..., 1::2]
-            out = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+            # As complex numbers: stacking and flattening the pairs costs forty times as much.
+            pairs = x[..., : 2 * half].float().unflatten(-1, (half, 2)).contiguous()
+            out = torch.view_as_real(torch.view_as_complex(pairs) * turns).flatten(-2)
         else:
-            a, b = rotated[..., :half], rotated[..., half:]
+            a, b = x[..., :half].float(), x[..., half : 2 * half].float()
+            cos, sin = turns.real, turns.imag
             out = torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
-        return torch.cat((out, rest), dim=-1) if rest.shape[-1] else out
+        out = out.to(x.dtype)
+        return torch.cat((out, x[..., 2 * half :]), dim=-1) if x.shape[-1] > 2 * half else out
 
 
 def _inverse_frequencies(
@@ -115,6 +128,13 @@ class Network:
         self.rope_global = Rope(*_inverse_frequencies(hyper, base, True, factors), interleaved)
         local = float(hyper.get("rope.freq_base_swa", 10000.0 if self.gemma else base))
         self.rope_local = Rope(*_inverse_frequencies(hyper, local, False, None), interleaved)
+
+    def _is_local(self, block: int) -> bool:
+        """Whether a block attends within the window: as the file says a block, or every how many it does not."""
+        pattern = self.hyper.get("attention.sliding_window_pattern", _GEMMA3_SWA_PATTERN)
+        if np.ndim(pattern):
+            return self.window > 0 and bool(pattern[block])
+        return self.window > 0 and (block + 1) % int(pattern) != 0
 
     def _scale(self) -> float:
         if self.gemma and self.hyper.n_blocks == _GEMMA3_27B_LAYERS:
@@ -179,7 +199,7 @@ class Network:
                 y = self.norm(y, w[f"{role}_norm.weight"])
             return y.transpose(1, 2)
 
-        local = self.window > 0 and (block + 1) % _GEMMA3_SWA_PATTERN != 0
+        local = self._is_local(block)
         rope = self.rope_local if local else self.rope_global
         q, k, v = (
             rope(heads("attn_q", hyper.n_heads)),

@@ -66,7 +66,8 @@ def _unpickle(path: Path, raw: bytes) -> dict[str, Any]:
             f"{path}: holds something other than tensors and plain values (it could run code); not loaded"
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise PolicyError(f"{path}: not a policy file: {str(error).splitlines()[0]}") from None
+        why = (str(error).splitlines() or ["it is cut off or empty"])[0]
+        raise PolicyError(f"{path}: not a policy file: {why}") from None
     if not isinstance(data, dict):
         raise PolicyError(f"{path}: not a policy file: it holds a {type(data).__name__}, not a dict")
     return data
@@ -85,7 +86,10 @@ def from_dict(data: dict[str, Any], path: Path, sha256: str) -> Policy:
         raise wrong(f"feature set {data.get('feature_set')!r} is unknown (known: {', '.join(FEATURE_SETS)})")
     if data.get("head") not in HEADS:
         raise wrong(f"action head {data.get('head')!r} is unknown (known: {', '.join(HEADS)})")
-    bits = tuple(int(b) for b in data.get("bits", ()))
+    widths = data.get("bits", ())
+    if not isinstance(widths, list | tuple) or not all(isinstance(b, int) for b in widths):
+        raise wrong(f"bit-widths {widths!r} are no list of numbers")
+    bits = tuple(widths)
     if data["head"] == "bits" and (
         len(bits) < 2 or list(bits) != sorted(set(bits)) or not set(bits) <= {2, 3, 4, 5, 6, 8}
     ):
@@ -107,7 +111,10 @@ def from_dict(data: dict[str, Any], path: Path, sha256: str) -> Policy:
     if (std <= 0).any():
         raise wrong("'std' holds zero or less")
     layers = []
-    for entry in data.get("layers") or ():
+    entries = data.get("layers")
+    if not isinstance(entries, list | tuple):
+        raise wrong("'layers' is no list")
+    for entry in entries:
         weight = array(entry, "weight", (None, width))
         width = weight.shape[0]
         activation = str(entry.get("activation", "none"))

@@ -18,6 +18,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from halo.checkpoint import Checkpoint
 from halo.network import Network, Weights
 
+LOOKUP = "lookup"
 _LARGE_TABLE = 100  # rows in the tensor for each one sampled
 
 
@@ -48,7 +49,9 @@ def output_gradients(checkpoint: Checkpoint, windows: np.ndarray, seed: int) -> 
         windows: token ids, shape (windows, positions); one window at a time is held with its graph.
 
     Returns:
-        by tensor name, float64 of shape (rows,). A tied embedding counts as the output layer it is.
+        by tensor name, float64 of shape (rows,). A tied embedding counts as the output layer it is; under ``LOOKUP``
+        stands what an embedding that is only looked up answers for: E[g_j^2] of the hidden states before the first
+        block, shape (row length,).
     """
     network = _TracedNetwork(checkpoint)
     blocks = range(network.hyper.n_blocks)
@@ -56,8 +59,9 @@ def output_gradients(checkpoint: Checkpoint, windows: np.ndarray, seed: int) -> 
     head = "output.weight" if "output.weight" in checkpoint.tensors else "token_embd.weight"
     table = torch.from_numpy(checkpoint.tensors[head].read())
     generator = torch.Generator().manual_seed(seed)
+    lookup = np.zeros(network.hyper.n_embd)
     for ids in windows:
-        hidden = network.embed(ids[None]).requires_grad_()
+        hidden = hidden_in = network.embed(ids[None]).requires_grad_()
         for block, w in zip(blocks, weights, strict=True):
             hidden = network.attention(block, w, hidden, lambda names, x: None)
             hidden = network.feed_forward(block, w, hidden, lambda names, x: None)
@@ -66,6 +70,9 @@ def output_gradients(checkpoint: Checkpoint, windows: np.ndarray, seed: int) -> 
         with torch.no_grad():
             labels = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
         F.cross_entropy(logits, labels, reduction="sum").backward()
+        assert hidden_in.grad is not None
+        lookup += hidden_in.grad.flatten(0, -2).square().sum(0).double().numpy()
+    network.squares[LOOKUP] = lookup
     return {name: total / windows.size for name, total in network.squares.items()}
 
 
@@ -88,3 +95,14 @@ def fisher_damage(
     if len(rows) * _LARGE_TABLE < len(gradients):
         return 0.5 * float(error.mean() * gradients.sum())
     return 0.5 * float(error @ gradients[index]) * len(gradients) / len(rows)
+
+
+def lookup_damage(rows: np.ndarray, restored: np.ndarray, gradients: np.ndarray) -> float:
+    """Expected KL divergence from errors in a table that is looked up: 1/2 sum_j E[g_j^2] E[dW_ij^2], rows taken as
+    equally likely.
+
+    Args:
+        rows, restored: float32 of shape (n, row length).
+        gradients: E[g_j^2] of the hidden states, shape (row length,).
+    """
+    return 0.5 * float(np.square((rows - restored).astype(np.float64)).mean(axis=0) @ gradients)

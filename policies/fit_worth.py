@@ -13,16 +13,18 @@ from __future__ import annotations
 import argparse
 import datetime
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from halo.policies.fisher import fisher_damage, output_gradients
+from halo.policies.card_file import write_card
+from halo.policies.fisher import LOOKUP, fisher_damage, lookup_damage, output_gradients
 
 from halo import ggml
 from halo.calibration import WINDOW, calibrate, single_threaded_torch
-from halo.checkpoint import Checkpoint, open_checkpoint
+from halo.checkpoint import Checkpoint, Tensor, open_checkpoint
 from halo.corpus import read_text, windows
 from halo.damage import relative_error
 from halo.events import ignore
@@ -36,36 +38,50 @@ from halo.threads import default_threads
 from halo.tokens import tokenize
 
 _TYPES = ("Q3_K", "Q4_K", "Q4_0")
+_OUTSIDE = ("token_embd", "output")
 
 
-def log_ratios(checkpoint: Checkpoint, ids: np.ndarray, seed: int) -> dict[str, float]:
-    """log(Fisher damage / local relative error), a tensor, mean over the types that fit."""
+def log_ratios(checkpoint: Checkpoint, ids: np.ndarray, seed: int) -> dict[str, list[float]]:
+    """log(Fisher damage / local relative error) by role: one number a tensor, the mean over the types that fit."""
     threads = default_threads()
     with ThreadPoolExecutor(threads, initializer=single_threaded_torch) as pool:
         statistics = calibrate(checkpoint, ids, pool, threads, ignore, torch.float32)
     gradients = output_gradients(checkpoint, ids, seed)
-    out = {}
-    for tensor in quantisable(checkpoint.tensors):
-        if tensor.name not in gradients:
-            continue
+    out: dict[str, list[float]] = {}
+
+    def add(role: str, tensor: Tensor, square: np.ndarray | None, damage: Callable[..., float]) -> None:
         index, rows = sample_rows(tensor)
-        square = statistics[tensor.name].mean_square
         ratios = []
         for kind in (TYPES[n] for n in _TYPES if TYPES[n].fits(tensor.row_len)):
             restored = ggml.dequantize(ggml.quantize(rows, kind.id, square), kind.id, *rows.shape)
-            damage = fisher_damage(rows, restored, index, gradients[tensor.name], square)
-            ratios.append(np.log(damage / relative_error(rows, kind, square)))
-        out[tensor.name] = float(np.mean(ratios))
+            ratios.append(np.log(damage(rows, restored, index) / relative_error(rows, kind, square)))
+        out.setdefault(role, []).append(float(np.mean(ratios)))
+
+    tied = "output.weight" not in checkpoint.tensors
+    for tensor in quantisable(checkpoint.tensors):
+        role = role_of(tensor.name)
+        if role == "token_embd":
+            add(role, tensor, None, lambda rows, restored, index: lookup_damage(rows, restored, gradients[LOOKUP]))
+            role = "output"
+        if role != "output" or tied or tensor.name == "output.weight":
+            square, found = statistics[tensor.name].mean_square, gradients[tensor.name]
+
+            def damage(
+                rows: np.ndarray, restored: np.ndarray, index: np.ndarray, g: np.ndarray = found, h: np.ndarray = square
+            ) -> float:
+                return fisher_damage(rows, restored, index, g, h)
+
+            add(role, tensor, square, damage)
     return out
 
 
-def role_weights(models: dict[str, dict[str, float]]) -> dict[str, float]:
+def role_weights(models: dict[str, dict[str, list[float]]]) -> dict[str, float]:
     """Mean log-ratio a role over all models, each model centred on its blocks' tensors first."""
     centred: dict[str, list[float]] = {}
     for ratios in models.values():
-        mean = float(np.mean([v for n, v in ratios.items() if n.startswith("blk.")]))
-        for name, value in ratios.items():
-            centred.setdefault(role_of(name), []).append(value - mean)
+        mean = float(np.mean([v for role, values in ratios.items() if role not in _OUTSIDE for v in values]))
+        for role, values in ratios.items():
+            centred.setdefault(role, []).extend(v - mean for v in values)
     return {role: float(np.mean(values)) for role, values in centred.items()}
 
 
@@ -75,7 +91,7 @@ def policy_dict(weights: dict[str, float], card: dict[str, object]) -> dict[str,
     width = FEATURE_SETS["halo1"].width
     row = np.zeros(width)
     for at, role in enumerate(ROLES):
-        row[at] = weights.get(role, weights.get("token_embd", 0.0) if role == "output" else 0.0)
+        row[at] = weights[role]
     return {
         "format": FORMAT,
         "head": "worth",
@@ -120,6 +136,7 @@ def main() -> None:
     }
     with staged_file(args.output, force=True) as file:
         torch.save(policy_dict(weights, card), file)
+    write_card(args.output.with_suffix(".md"), args.output.stem, card)
 
 
 if __name__ == "__main__":

@@ -32,10 +32,9 @@ class SmokeResult:
 
 
 def first_words(worker: Runner, n: int = 12, prompt: str = _PROMPT) -> SmokeResult:
-    """Let the model write ``n`` tokens, greedily. Raises RuntimeFailure when it writes nothing."""
+    """Let the model write ``n`` tokens, greedily. The text may be empty: an untrained model is free to choose control
+    tokens only."""
     made = worker.generate(prompt, n, ignore_end=True)
-    if not made.text.strip():
-        raise RuntimeFailure(f"{worker.info.path}: the model writes nothing")
     return SmokeResult(made.text, made.prefill_tps, made.decode_tps, worker.memory().peak_rss)
 
 
