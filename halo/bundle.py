@@ -78,6 +78,7 @@ def verify(model: Path, context: int, listen: Listener) -> tuple[SmokeResult, di
     notes: list[str] = []
 
     def notice(text: str) -> None:
+        text = text.replace(str(model), model.name)  # the folder's name is not the final one yet
         notes.append(text)
         listen(Notice(text))
 

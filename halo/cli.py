@@ -209,6 +209,10 @@ def _terminated(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
+def _say_interrupted() -> None:
+    print("halo: interrupted; nothing was written", file=sys.stderr)
+
+
 def main() -> None:
     """Entry point: bad input ends in one line on stderr and exit code 2; Ctrl-C in 130."""
     signal.signal(signal.SIGTERM, _terminated)
@@ -218,8 +222,13 @@ def main() -> None:
         print(f"halo: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
-        print("halo: interrupted; nothing was written", file=sys.stderr)
+        _say_interrupted()
         sys.exit(EXIT_INTERRUPTED)
+    except SystemExit as end:
+        # typer ends a KeyboardInterrupt itself with this code, and without a word.
+        if end.code == EXIT_INTERRUPTED:
+            _say_interrupted()
+        raise
     except BrokenPipeError:
         sys.exit(0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from halo.policy import Policy
 
 _SHIFT_LIMIT = 20.0  # sigmoid(20) is one to within float32
 _BISECTIONS = 20  # to a shift of 4e-5: two layers' thresholds hardly ever lie closer together
+_WELL_USED = 0.999  # of the budget; a step of the search runs the whole policy
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,9 @@ def by_bits(
         BudgetError: it does not fit even with all layers at the fewest bits.
     """
 
-    def decide(shift: float) -> tuple[Decision, int]:
+    def decide(widths: Sequence[int]) -> tuple[Decision, int]:
         chosen, substitutions, total = {}, {}, 0
-        for tensor, bits in zip(tensors, policy.choose_bits(features, shift), strict=True):
+        for tensor, bits in zip(tensors, widths, strict=True):
             kind, why = type_for(bits, tensor.row_len)
             if tensor.name in pins:
                 kind, why = pins[tensor.name], None
@@ -114,21 +115,20 @@ def by_bits(
             total += nbytes(tensor, kind)
         return Decision(chosen, substitutions), total
 
-    return _largest_that_fits(decide, budget, n_params)
-
-
-def _largest_that_fits(decide: Callable[[float], tuple[Decision, int]], budget: Budget, n_params: int) -> Decision:
-    best, least = decide(-_SHIFT_LIMIT)
-    if least > budget.for_tensors:
-        raise budget.too_small(least, n_params)
-    most, size = decide(_SHIFT_LIMIT)
-    if size <= budget.for_tensors:
+    room = budget.for_tensors
+    best, best_size = decide([policy.bits[0]] * len(tensors))
+    if best_size > room:
+        raise budget.too_small(best_size, n_params)
+    most, size = decide([policy.bits[-1]] * len(tensors))
+    if size <= room:
         return most
-    low, high, best_size = -_SHIFT_LIMIT, _SHIFT_LIMIT, least
+    low, high = -_SHIFT_LIMIT, _SHIFT_LIMIT
     for _ in range(_BISECTIONS):
+        if best_size >= _WELL_USED * room:
+            break
         middle = (low + high) / 2
-        found, size = decide(middle)
-        if size <= budget.for_tensors:
+        found, size = decide(policy.choose_bits(features, middle))
+        if size <= room:
             low = middle
             if size > best_size:
                 best, best_size = found, size

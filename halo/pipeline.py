@@ -17,6 +17,9 @@ def _refuse_early(output: Path, force: bool) -> None:
     # Before the long work; staging checks again.
     if output.exists() and not force:
         raise OutputError(f"{output}: exists already; give another -o, or --force to replace it")
+    above = next(folder for folder in output.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise OutputError(f"{output}: cannot be written: {above} is no folder; give another -o")
 
 
 def default_output(source: Path) -> Path:

@@ -14,6 +14,10 @@ from typing import BinaryIO
 from halo.errors import OutputError
 
 _PREFIX = ".halo-"
+_UNWRITABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG,
+    errno.EFBIG, errno.EIO,
+)  # fmt: skip
 
 
 def _refuse_existing(path: Path, force: bool) -> None:
@@ -28,7 +32,7 @@ def _reported(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(f"{path.parent}: no space left on the device; free some or give another -o") from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EFBIG):
+        if error.errno in _UNWRITABLE:
             raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
         raise
 

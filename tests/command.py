@@ -65,6 +65,6 @@ def run_halo(
     """``halo ARGS`` in a new process; ``before`` runs in it ahead of Python."""
     done = subprocess.run(
         [*COMMAND, *map(str, args)], env=environment(env), cwd=cwd, preexec_fn=before, timeout=120, check=False,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL, capture_output=True,
     )  # fmt: skip
     return Result(done.returncode, done.stdout.decode(), done.stderr.decode())

@@ -108,8 +108,10 @@ def test_killed_at_any_moment(made: Made, tmp_path: Path) -> None:
     assert leftovers(tmp_path) == [f".halo-{os.getpid()}-mine"]
 
 
-@pytest.mark.parametrize("stage", ["measuring damage", "quantising", "running it once"])
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("sent", "stage"),
+    [(signal.SIGINT, "quantising"), (signal.SIGINT, "running it once"), (signal.SIGTERM, "measuring damage")],
+)
 def test_interrupted(sent: signal.Signals, stage: str, made: Made, tmp_path: Path) -> None:
     """Ctrl-C reaches the whole process group, a TERM the command alone."""
     out = tmp_path / "out"
@@ -144,7 +146,7 @@ def small_files(limit: int):
     return before
 
 
-@pytest.mark.parametrize("share", [0.02, 0.6, 0.999])
+@pytest.mark.parametrize("share", [0.02, 0.999])
 def test_no_room_for_the_file(share: float, made: Made, tmp_path: Path) -> None:
     out, before = tmp_path / "out", contents(made.source)
     done = run_halo(*arguments(made, out), before=small_files(int(made.model.stat().st_size * share)))
@@ -191,7 +193,7 @@ def test_a_place_that_cannot_be(halo, made: Made, tmp_path: Path) -> None:
     """Root may write anywhere but below a file."""
     (tmp_path / "file").write_text("not a folder")
     line = halo(*arguments(made, tmp_path / "file" / "out")).error()
-    assert str(tmp_path / "file") in line
+    assert f"{tmp_path / 'file'} is no folder" in line
     assert (tmp_path / "file").read_text() == "not a folder"
 
 
