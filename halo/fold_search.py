@@ -10,7 +10,7 @@ from halo.damage import importance_of, relative_error
 from halo.events import Listener, Progress
 from halo.folding import Folding, Site, channel_magnitude, fold
 from halo.gguf_types import GGUFType
-from halo.sampling import SAMPLE_ELEMENTS, sample_rows
+from halo.sampling import sample_rows
 from halo.statistics import Statistics
 from halo.threads import ordered_map
 
@@ -41,7 +41,7 @@ def search(
         readers = [n for n in site.readers if n in chosen and chosen[n].family != "float"]
         if magnitude is None or not readers:
             return 0.0
-        samples = {n: sample_rows(checkpoint.tensors[n], SAMPLE_ELEMENTS // 2)[1] for n in readers}
+        samples = {n: sample_rows(checkpoint.tensors[n])[1] for n in readers}
 
         def cost(folding: Folding) -> float:
             total = 0.0
