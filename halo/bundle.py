@@ -14,7 +14,7 @@ from halo import __version__
 from halo.budget import human
 from halo.card import card, modelfile
 from halo.decide import nbytes
-from halo.errors import OutputError
+from halo.errors import OutputError, RuntimeFailure
 from halo.events import Listener, Notice, Progress
 from halo.manifest import FILE_NAME, Manifest, TensorRecord
 from halo.plan import Plan
@@ -83,10 +83,14 @@ def verify(model: Path, context: int, listen: Listener) -> tuple[SmokeResult, di
         listen(Notice(text))
 
     listen(Progress("verify", 0, 1, "runs", model.name))
-    with open_model(model, LoadOptions(n_ctx=context), on_notice=notice) as worker:
-        finite_check(worker)
-        smoke = first_words(worker)
-        info, memory = worker.info, worker.memory()
+    try:
+        with open_model(model, LoadOptions(n_ctx=context), on_notice=notice) as worker:
+            finite_check(worker)
+            smoke = first_words(worker)
+            info, memory = worker.info, worker.memory()
+    except RuntimeFailure as failure:
+        failure.args = (str(failure).replace(str(model), f"the new {model.name} (not kept)"),)
+        raise
     listen(Progress("verify", 1, 1, "runs", model.name))
     buffers = asdict(info.buffers)
     buffers.pop("detail")

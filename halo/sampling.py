@@ -6,8 +6,9 @@ import numpy as np
 
 from halo.checkpoint.base import CHUNK_ELEMENTS, Tensor
 
-# Types and exponents are compared on the same rows, so what few rows leave of noise is common to all of them. Four times
-# as many rows took half of all of apply's time on a 135 M model (IQ4 and Q2_K quantise 2 to 5 M weights/s a core).
+# Types and exponents are compared on the same rows, so what few rows leave of noise is common to all of them. Four
+# times as many rows took half of all of apply's time on a 135 M model (IQ4 and Q2_K quantise 2 to 5 M weights/s a
+# core).
 SAMPLE_ELEMENTS = 1 << 14
 _FEWEST_ROWS = 16
 _RUNS = 16  # n_outer is far above it where a tensor is read in runs
