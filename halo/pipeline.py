@@ -6,20 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from halo.bundle import Applied, write_bundle
-from halo.errors import OutputError, RecipeError
+from halo.errors import RecipeError
 from halo.events import Listener
 from halo.manifest import read_manifest
 from halo.planning import Planner, thread_pool
 from halo.settings import Settings
-
-
-def _refuse_early(output: Path, force: bool) -> None:
-    # Before the long work; staging checks again.
-    if output.exists() and not force:
-        raise OutputError(f"{output}: exists already; give another -o, or --force to replace it")
-    above = next(folder for folder in output.absolute().parents if folder.exists())
-    if not above.is_dir():
-        raise OutputError(f"{output}: cannot be written: {above} is no folder; give another -o")
+from halo.staging import refuse_unusable
 
 
 def default_output(source: Path) -> Path:
@@ -33,7 +25,7 @@ def apply(settings: Settings, output: Path, force: bool, listen: Listener) -> Ap
     Raises:
         HaloError: any bad input or failure; ``output`` is untouched then.
     """
-    _refuse_early(output, force)
+    refuse_unusable(output, force)
     with thread_pool(settings.threads) as (pool, threads):
         plan = Planner(settings, pool, threads, listen).plan()
         return write_bundle(plan, output, force, pool, listen)
@@ -54,7 +46,7 @@ def repeat(recipe_file: Path, settings: Settings, output: Path, force: bool, lis
     settings = replace(
         settings, calibration_tokens=record.tokens, context=int(recipe.budget["context"]), save_imatrix=None
     )
-    _refuse_early(output, force)
+    refuse_unusable(output, force)
     with thread_pool(settings.threads) as (pool, threads):
         plan = Planner(settings, pool, threads, listen).repeat(recipe)
         return write_bundle(plan, output, force, pool, listen)

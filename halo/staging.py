@@ -20,9 +20,14 @@ _UNWRITABLE = (
 )  # fmt: skip
 
 
-def _refuse_existing(path: Path, force: bool) -> None:
+def refuse_unusable(path: Path, force: bool) -> None:
+    """OutputError when ``path`` exists (without ``force``) or lies below something that is no folder. Staging asks it;
+    ask before long work too."""
     if path.exists() and not force:
         raise OutputError(f"{path}: exists already; give another -o, or --force to replace it")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise OutputError(f"{path}: cannot be written: {above} is no folder; give another -o")
 
 
 @contextlib.contextmanager
@@ -70,7 +75,7 @@ def staged_file(path: Path, force: bool = False) -> Iterator[BinaryIO]:
     Raises:
         OutputError: ``path`` exists (without ``force``), cannot be written, or the disk is full.
     """
-    _refuse_existing(path, force)
+    refuse_unusable(path, force)
     with _reported(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)
@@ -90,7 +95,7 @@ def staged_file(path: Path, force: bool = False) -> Iterator[BinaryIO]:
 @contextlib.contextmanager
 def staged_folder(path: Path, force: bool = False) -> Iterator[Path]:
     """As ``staged_file``, for a folder. With ``force`` an existing folder is replaced only after all went well."""
-    _refuse_existing(path, force)
+    refuse_unusable(path, force)
     with _reported(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)

@@ -22,6 +22,7 @@ import numpy as np
 from halo.errors import NativeCrash, RuntimeFailure
 from halo.runtime.protocol import Allocate, Header, read_frame, widen_pipe, write_frame
 from halo.runtime.records import Buffers, Generation, LoadOptions, Memory, ModelInfo, OnPiece, Prompt
+from halo.threads import default_threads
 
 # Windows reports a fault as an NTSTATUS exit code.
 _NTSTATUS = {0xC000001D: "SIGILL", 0xC0000005: "SIGSEGV", 0xC0000094: "SIGFPE", 0xC0000409: "SIGABRT"}
@@ -329,7 +330,7 @@ def usable_cores() -> int:
     """Physical cores this process may use; hyper-threads slow llama.cpp's matrix products down."""
     import psutil
 
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed = default_threads()
     return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
 
 
